@@ -45,16 +45,17 @@ clean:
 	rm -rf build dist _docs _proc *.egg-info .pytest_cache
 	find sbldm_nb nbs tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/bin/python:
+.venv/made.stamp:
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 found on PATH; name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	@touch $@
 
-.venv/run.stamp: $(frame) | .venv/bin/python
+.venv/run.stamp: $(frame) | .venv/made.stamp
 	@echo 'Installing sbldm_nb and what it needs into .venv (once, a few minutes) ...'
 	$(install) -e .
 	@touch $@
 
-.venv/dev.stamp: $(frame) | .venv/bin/python
+.venv/dev.stamp: $(frame) | .venv/made.stamp
 	@echo 'Installing sbldm_nb with its development tools into .venv (once, a few minutes) ...'
 	$(install) -e '.[dev]'
 	@touch $@ .venv/run.stamp
