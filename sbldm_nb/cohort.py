@@ -357,7 +357,7 @@ def claim_folder(
     elif any(not p.name.startswith('.') for p in folder.iterdir()): raise ValueError(f'{folder}: holds other files, expected a new or empty folder')
     else: atomic_write(card, json.dumps(what, indent=1).encode())
 
-# %% ../nbs/00a_cohort.ipynb #123056df
+# %% ../nbs/00a_cohort.ipynb #16ab1baf
 def write_nifti_subject(
     folder:Path, # of the cohort
     name:str, # subject id
@@ -377,7 +377,7 @@ def write_nifti_subject(
         shutil.rmtree(partial)
 
 def write_nifti(
-    cohort:'Cohort', # whom
+    cohort, # a `Cohort`
     folder:Path, # where
 ):
     "A folder for each subject, and `participants.csv` when all are there"
@@ -392,9 +392,9 @@ def write_nifti(
     for p in folder.glob('.partial-*'):
         if time.time() - p.stat().st_mtime > 600: shutil.rmtree(p, ignore_errors=True)
 
-# %% ../nbs/00a_cohort.ipynb #2f986386
+# %% ../nbs/00a_cohort.ipynb #f4d214bd
 def write_png(
-    cohort:'Cohort', # whom; two people at least
+    cohort, # a `Cohort` of at least two people
     folder:Path, # where
     levels:tuple=(-20., 50.), # mm, lowest and highest slice
     slices:int=8, # a person
