@@ -1,0 +1,356 @@
+"Training with real processes: killed by SIGKILL, out of disk, resumed; and saved models that are damaged."
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import sbldm_nb.training as training
+from sbldm_nb.data import SliceDataset, loaders
+from sbldm_nb.ldm import LatentDiffusion, SlicePosition
+from sbldm_nb.schedules import get_schedule
+from sbldm_nb.training import EMA, RunLog, Trainer, checkpoints, load_checkpoint, sync
+from sbldm_nb.unet3d import UNet
+from sbldm_nb.vae import AutoencoderKL, LatentCache, LatentSpace
+
+steps = 60
+
+
+def slices(n=40, seed=0):
+    "Random slices of five subjects."
+    g = torch.Generator().manual_seed(seed)
+    return SliceDataset(torch.rand(n, 1, 16, 16, generator=g) * 2 - 1, torch.rand(n, generator=g), [f'person-{i % 5}' for i in range(n)])
+
+
+class Dropping(nn.Module):
+    "A denoiser with dropout before it, so that a step has a second source of randomness."
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.dropout, self.config = net, nn.Dropout(.1), net.config
+
+    def forward(self, x, t, cond=None): return self.net(self.dropout(x), t, cond)
+
+
+def diffusion(seed=0, wrap=Dropping):
+    "A latent diffusion model of a few thousand parameters."
+    torch.manual_seed(1)
+    latent = LatentSpace(AutoencoderKL(2, latent_channels=4, channels=(8, 8)))
+    torch.manual_seed(seed)
+    denoiser = wrap(UNet(2, channels=(8, 16), attention=(False, True), vector_dim=1))
+    return LatentDiffusion(latent, denoiser, get_schedule('flow'), SlicePosition(drop=.2), size=(16, 16))
+
+
+def make_trainer(folder, seed=0, model=None, **changes):
+    "A trainer of sixty steps; `seed` is that of the initial weights."
+    model = model or diffusion(seed)
+    train, valid = LatentCache(model.latent, slices()), LatentCache(model.latent, slices(8, 1), flips=False)
+    settings = dict(max_steps=steps, precision='bf16', snapshot_at=.3, checkpoint_every=7, ema=.9, log=None)
+    return Trainer(model, *loaders(train, valid, batch_size=4), folder, **{**settings, **changes})
+
+
+def result(folder, step=steps):
+    "Every tensor of the last checkpoint, and the log."
+    last = checkpoints(Path(folder) / 'checkpoints')[-1]
+    groups, state = load_checkpoint(last)
+    assert state['step'] == step and set(groups) == {'model', 'ema', 'optimizer', 'snapshot'}
+    return groups, (Path(folder) / 'log.jsonl').read_text()
+
+
+def same_bits(a, b):
+    "Raise unless both results are equal to the last bit."
+    (groups, log), (others, other_log) = a, b
+    for group in groups:
+        assert groups[group].keys() == others[group].keys()
+        for name, tensor in groups[group].items():
+            assert torch.equal(tensor, others[group][name]), f'{group} {name} differs'
+    assert log == other_log
+
+
+def process(work):
+    "Run `work` in a process of its own and return its id."
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+        os._exit(0)
+    except BaseException as e:
+        print(type(e).__name__, e, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def wait(pid):
+    "Exit status of a process, negative for a signal."
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def go_on(folder, **changes):
+    "Train in `folder`, with other initial weights wherever a checkpoint should replace them."
+    make_trainer(folder, seed=99 if checkpoints(folder / 'checkpoints') else 0, **changes).fit()
+
+
+def finish(folder, **changes):
+    "Go on in `folder` to the end."
+    assert wait(process(lambda: go_on(folder, **changes))) == 0
+
+
+def scenario_random(home):
+    "Kill at random moments, up to three times a run."
+    start = time.monotonic()
+    assert wait(process(lambda: make_trainer(home / 'whole').fit())) == 0
+    length, wanted, killed = time.monotonic() - start, result(home / 'whole'), 0
+    rng = random.Random(0)
+    for trial in range(3):
+        folder = home / f'trial{trial}'
+        for _ in range(3):
+            pid = process(lambda: go_on(folder))
+            time.sleep(length * rng.uniform(.2, .9))
+            os.kill(pid, signal.SIGKILL)
+            killed += wait(pid) == -signal.SIGKILL
+        finish(folder)
+        same_bits(result(folder), wanted)
+    print('killed', killed)
+    assert killed >= 3
+
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_sync(n):
+    "Make the `n`-th forcing to the disk the last thing this process does."
+    calls = iter(range(1, 10**6))
+
+    def killer(path):
+        if next(calls) == n: die()
+        sync(path)
+    training.sync = killer
+
+
+def die_in_file(n, share):
+    "Kill this process in the middle of writing its `n`-th safetensors file."
+    original, calls = training.save_file, iter(range(1, 10**6))
+
+    def killer(tensors, path, *args):
+        original(tensors, path, *args)
+        if next(calls) == n:
+            os.truncate(path, int(Path(path).stat().st_size * share))
+            die()
+    training.save_file = killer
+
+
+def die_in_rename(n, before):
+    "Kill this process right before or after its `n`-th rename."
+    original, calls = os.replace, iter(range(1, 10**6))
+
+    def killer(*args):
+        last = next(calls) == n
+        if last and before: die()
+        original(*args)
+        if last: die()
+    os.replace = killer
+
+
+def die_in_pruning(n):
+    "Kill this process when half of the `n`-th old checkpoint is removed."
+    original, calls = training.shutil.rmtree, iter(range(1, 10**6))
+
+    def killer(path, *args, **kwargs):
+        if Path(path).name.startswith('step-') and Path(path).exists() and next(calls) == n:
+            (Path(path) / 'ema.safetensors').unlink()
+            die()
+        original(path, *args, **kwargs)
+    training.shutil.rmtree = killer
+
+
+def scenario_saving(home):
+    "Kill at every stage of writing a checkpoint."
+    short = dict(max_steps=28)
+    assert wait(process(lambda: make_trainer(home / 'whole', **short).fit())) == 0
+    wanted = result(home / 'whole', 28)
+    faults = [(die_at_sync, n) for n in (1, 5, 8, 12, 15, 16)] + [(die_in_file, 5, .5), (die_in_file, 7, .99)]
+    faults += [(die_in_rename, n, before) for n in (4, 6) for before in (True, False)] + [(die_in_pruning, 1)]
+    for i, (fault, *args) in enumerate(faults):
+        folder = home / f'fault{i}'
+
+        def work():
+            fault(*args)
+            make_trainer(folder, **short).fit()
+        assert wait(process(work)) == -signal.SIGKILL, f'{fault.__name__} {args} did not kill'
+        finish(folder, **short)
+        same_bits(result(folder, 28), wanted)
+        left = {p.name for p in (folder / 'checkpoints').iterdir()}
+        assert left == {'step-00000021', 'step-00000028'}, left
+    print('killed', len(faults))
+
+
+def scenario_disk(home):
+    "A file system that takes no more bytes leaves the previous checkpoint; with room again the run goes on."
+    assert wait(process(lambda: make_trainer(home / 'whole').fit())) == 0
+    folder, wanted = home / 'full', result(home / 'whole')
+
+    def work():
+        trainer = make_trainer(folder)
+        original, calls = training.save, iter(range(1, 100))
+
+        def full(t):
+            if next(calls) == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+            original(t)
+        training.save = full
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            trainer.fit()
+        except OSError as e:
+            print(e)
+            assert 'step-00000028 could not be written' in str(e) and 'untouched' in str(e)
+            assert {p.name for p in (folder / 'checkpoints').iterdir()} == {'step-00000014', 'step-00000021'}
+            os._exit(7)
+    assert wait(process(work)) == 7
+    finish(folder)
+    same_bits(result(folder), wanted)
+
+
+@pytest.mark.parametrize('scenario', ['random', 'saving', 'disk'])
+def test_survives(scenario, tmp_path):
+    run = subprocess.run([sys.executable, __file__, scenario, str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+
+
+def test_run_folder_holds_nothing_executable(tmp_path):
+    make_trainer(tmp_path / 'run', max_steps=15).fit()
+    files = [p for p in (tmp_path / 'run').rglob('*') if p.is_file()]
+    assert {p.suffix for p in files} == {'.json', '.jsonl', '.safetensors'}
+    for path in files:
+        if path.suffix == '.json': json.loads(path.read_text())
+        if path.suffix == '.safetensors':
+            with safe_open(path, 'pt') as f: assert len(list(f.keys()))
+
+
+def test_the_average_validates_and_is_returned(tmp_path):
+    trainer = make_trainer(tmp_path / 'run', max_steps=10)
+    model = trainer.fit()
+    assert model is trainer.ema and not model.training
+    assert trainer.history[-1]['valid_loss'] == training.validate(trainer)
+    assert trainer.snapshot is not None and not any(p.requires_grad for p in trainer.snapshot.parameters())
+    assert next(model.latent.vae.parameters()) is next(trainer.state.module.latent.vae.parameters())
+
+
+def test_no_begins_again_and_other_settings_are_refused(tmp_path):
+    make_trainer(tmp_path / 'run', max_steps=8).fit()
+    (tmp_path / 'run' / 'notes.txt').write_text('mine')
+    with pytest.raises(ValueError, match='max_steps = 8 where 9 is asked for now'):
+        make_trainer(tmp_path / 'run', max_steps=9).fit()
+    again = make_trainer(tmp_path / 'run', max_steps=9)
+    again.fit(resume=False)
+    assert [r['step'] for r in again.history] == [9, 9]
+    assert (tmp_path / 'run' / 'notes.txt').read_text() == 'mine'
+
+
+def test_another_autoencoder_is_refused(tmp_path):
+    make_trainer(tmp_path / 'run', max_steps=3).fit()
+    model = diffusion()
+    with torch.no_grad(): next(model.latent.vae.parameters()).add_(1)
+    with pytest.raises(ValueError, match='frozen = .* where .* is asked for now'):
+        make_trainer(tmp_path / 'run', model=model, max_steps=3).fit()
+
+
+def test_nan_names_the_subjects_but_not_by_name(tmp_path):
+    data = slices()
+    data.images[3] = float('nan')
+    model = diffusion()
+    trainer = Trainer(model, *loaders(data, slices(8, 1), batch_size=4), tmp_path / 'run', epochs=2, log=None)
+    with pytest.raises(FloatingPointError, match=r'the loss is nan at step \d+ in epoch 0') as caught: trainer.fit()
+    assert hashlib.sha256(b'person-3').hexdigest()[:8] in str(caught.value) and 'person' not in str(caught.value)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+class Epochs(Dataset):
+    "A data set whose items tell the epoch, read through torch's own random sampler."
+    epoch = -1
+    def __len__(self): return 12
+    def set_epoch(self, epoch): self.epoch = epoch
+    def __getitem__(self, i): return dict(x=torch.tensor([float(i), float(self.epoch)]))
+
+
+class Recorder(nn.Module):
+    "Keeps the batches it is trained on."
+    def __init__(self, stop=None):
+        super().__init__()
+        self.weight, self.seen, self.stop = nn.Parameter(torch.zeros(2)), [], stop
+
+    def loss(self, batch, generator=None):
+        if len(self.seen) == self.stop: raise KeyboardInterrupt
+        self.seen.append(batch['x'].tolist())
+        return (batch['x'] * self.weight).mean()
+
+
+def test_the_order_of_a_plain_random_loader_survives_too(tmp_path):
+    def run(name, stop=None):
+        recorder = Recorder(stop)
+        try: Trainer(recorder, DataLoader(Epochs(), 3, shuffle=True), None, tmp_path / name, epochs=3, checkpoint_every=1, precision='fp32', log=None).fit()
+        except KeyboardInterrupt: pass
+        return recorder.seen
+    whole = run('whole')
+    assert [b[0][1] for b in whole] == [0] * 4 + [1] * 4 + [2] * 4
+    assert run('parts', 6) + run('parts', 5) + run('parts') == whole
+
+
+def test_budget_becomes_a_number_of_steps_once(tmp_path):
+    trainer = make_trainer(tmp_path / 'run', max_steps=None, budget=2.5, checkpoint_every=None)
+    start = time.process_time()
+    trainer.fit()
+    assert 1. < time.process_time() - start < 7.
+    again = make_trainer(tmp_path / 'run', max_steps=None, budget=2.5)
+    again.fit()
+    assert again.total_steps == trainer.total_steps == trainer.step
+
+
+def test_progress_tells_the_time_left(tmp_path):
+    lines = []
+    make_trainer(tmp_path / 'run', max_steps=10, log=lines.append).fit()
+    assert 'step 10/10' in lines[-1] and 'samples/s' in lines[-1] and '0:00 left' in lines[-1] and 'valid' in lines[-1]
+
+
+def test_log_survives_a_line_cut_short(tmp_path):
+    log = RunLog(tmp_path / 'log.jsonl')
+    log.append(step=1, loss=.5)
+    log.path.write_text(log.path.read_text() + '{"step": 2, "lo')
+    assert log.rows() == [dict(step=1, loss=.5)]
+
+
+def test_average_equals_diffusers():
+    training_utils = pytest.importorskip('diffusers.training_utils')
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    mine, theirs = EMA(model, .95), training_utils.EMAModel(model.parameters(), decay=.95)
+    theirs.step(model.parameters())
+    for _ in range(300):
+        with torch.no_grad():
+            for p in model.parameters(): p.add_(torch.randn_like(p) * .1)
+        mine.update()
+        theirs.step(model.parameters())
+    for a, b in zip(mine.module.parameters(), theirs.shadow_params): torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_pickle_in_place_of_weights_is_refused(tmp_path):
+    model = diffusion(wrap=lambda net: net)
+    model.save_pretrained(tmp_path / 'model')
+    torch.save(model.state_dict(), tmp_path / 'model' / 'model.safetensors')
+    with pytest.raises(ValueError, match='damaged'): LatentDiffusion.from_pretrained(tmp_path / 'model')
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    make_trainer(Path(sys.argv[2]) / 'imports')
+    globals()[f'scenario_{sys.argv[1]}'](Path(sys.argv[2]))
