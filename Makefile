@@ -8,7 +8,7 @@ bin := .venv/bin
 install := $(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 frame := settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test test-all sync readme constraints clean
+.PHONY: help demo test test-all sync constraints clean
 
 help:
 	@echo "make demo         train, sample and measure on the embedded cohort; the report is outputs/demo/report.html"
