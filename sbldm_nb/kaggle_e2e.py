@@ -94,7 +94,7 @@ PRESETS = dict(
                  vae=dict(dims=2, latent_channels=8, channels=(64, 128)), samples=1000,
                  unet=dict(dims=2, in_channels=8, channels=(128, 256, 384), attention=(False, True, True), vector_dim=1, coords=2), vae_batch=16, ldm_batch=32))
 
-# %% ../nbs/08_kaggle_e2e.ipynb #090ca125
+# %% ../nbs/08_kaggle_e2e.ipynb #628d97dd
 def get_slices(
     preset: Preset,
     folder=None,  # with NIfTI volumes, one or more a person; None: the embedded cohort
@@ -108,7 +108,10 @@ def get_slices(
         files, levels, share = list_images(folder, pattern), None, .8
     split = split_patients({patient_of(f) for f in files}, (share, 0., 1 - share))
     make = lambda people: SliceDataset.from_nifti([f for f in files if patient_of(f) in people], levels, preset.spacing, preset.size, preset.slices)
-    return make(set(split['train'])), make(set(split['test']))
+    train, test = make(set(split['train'])), make(set(split['test']))
+    if len(test) < 20:
+        raise ValueError(f'{folder}: {len(split["train"]) + len(split["test"])} people leave {len(test)} held-out slices, and the audit wants 20 at least: give more people or more slices of each')
+    return train, test
 
 # %% ../nbs/08_kaggle_e2e.ipynb #b3129676
 def one_slice_each(
@@ -201,7 +204,7 @@ def draw(
     return model.sample(len(positions), positions=positions, steps=preset.steps, guidance=preset.guidance, bf16=best_precision() == 'bf16',
                         generator=torch.Generator().manual_seed(seed)).cpu()
 
-# %% ../nbs/08_kaggle_e2e.ipynb #3fe00f46
+# %% ../nbs/08_kaggle_e2e.ipynb #de30b9fd
 def measure(
     preset: Preset,
     train: SliceDataset,
@@ -209,14 +212,14 @@ def measure(
     copies: Tensor,  # reconstructions of test.images
     samples: Tensor,  # drawn at `heights_to_draw`
 ) -> dict:
-    "Every number of the report; samples and copies are compared with the same slices of held-out people."
+    "Every number of the report; samples and copies are compared with one slice of each held-out person."
     unit = lambda x: (x + 1) / 2
     chosen, learned = one_slice_each(test, preset), one_slice_each(train, preset)
     real, others, everyone = unit(test.images[chosen]), unit(train.images[learned]), unit(train.images)
     sets = dict(samples=unit(samples), reconstructions=unit(copies[chosen]))
     return dict(quality={name: quality_report(images, real, others) for name, images in sets.items()},
                 autoencoder=dict(psnr_db=compute_psnr(unit(copies), unit(test.images)), ssim=compute_ssim(unit(copies), unit(test.images))),
-                memorisation=memorisation_report(unit(samples), everyone, real))
+                memorisation=memorisation_report(unit(samples), everyone, unit(test.images)))
 
 # %% ../nbs/08_kaggle_e2e.ipynb #e27688bf
 def embedded(
