@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['to_numpy', 'as_volume', 'plane_axis', 'to_display', 'edge_letters', 'robust_window', 'label_colours', 'render_slice',
            'text_font', 'draw_text', 'draw_letters', 'encode_picture', 'wrap_text', 'names_width', 'tile', 'fit_zoom',
-           'content_box', 'as_stack', 'montage', 'PictureFigure', 'figure', 'show_grid', 'as_overlay', 'slice_position',
-           'position_text', 'slices_picture', 'show_slices', 'trajectory_picture', 'show_trajectory', 'is_static',
-           'quiet_comms', 'LivePicture', 'SliceViewer', 'TrajectoryScrubber']
+           'content_box', 'as_stack', 'montage', 'show_grid', 'as_overlay', 'slice_position', 'position_text',
+           'slices_picture', 'show_slices', 'trajectory_picture', 'show_trajectory', 'is_static', 'quiet_comms',
+           'LivePicture', 'SliceViewer', 'TrajectoryScrubber']
 
 # %% ../nbs/00b_viewer.ipynb #60e004b4
 import io, os
@@ -310,7 +310,7 @@ def montage(
     if labels: pictures[marked] = draw_letters(pictures[marked], edge_letters(plane, radiological), corners=True, size=min(size - 1, 5 + pictures[0].shape[1]//16))
     return tile(pictures, ncols, titles, rows, size=size)
 
-# %% ../nbs/00b_viewer.ipynb #69543ec5
+# %% ../nbs/00b_viewer.ipynb #59683a38
 class PictureFigure(plt.Figure):
     "A matplotlib figure that is nothing but one picture, pixel for pixel."
     def png(self) -> bytes:
