@@ -410,7 +410,7 @@ def run_study(
     write_report(out / 'report.html', sections(preset, pictures, histories, numbers, facts_of(numbers)))
     return numbers
 
-# %% ../nbs/08_kaggle_e2e.ipynb #87183bf8
+# %% ../nbs/08_kaggle_e2e.ipynb #0a28f11d
 @call_parse
 def demo(
     out: str = 'outputs/demo',  # folder for everything that is written
@@ -422,6 +422,7 @@ def demo(
     if preset not in PRESETS:
         raise SystemExit(f'preset {preset!r} is unknown; choose one of {", ".join(PRESETS)}')
     out = Path(out)
-    numbers = run_study(PRESETS[preset], out, folder, pattern)
+    try: numbers = run_study(PRESETS[preset], out, folder, pattern)
+    except (FileNotFoundError, ValueError) as e: raise SystemExit(str(e)) from e
     print(report_table(numbers['quality']))
     print(f'Look at {out / "report.html"}; next, read 08_kaggle_e2e.ipynb, or give your own images: sbldm_demo --folder FOLDER --out {out.parent / "mine"}')
