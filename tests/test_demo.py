@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from sbldm_nb.cohort import Cohort
 from sbldm_nb.data import SliceDataset, loaders, read_image
 from sbldm_nb.kaggle_e2e import PRESETS, get_slices
 from sbldm_nb.ldm import LatentDiffusion, SlicePosition
@@ -52,6 +53,8 @@ def test_demo_survives_a_kill_and_leaves_what_it_promises(tmp_path):
     samples = sorted((out / 'samples').glob('*.nii.gz'))
     assert len(samples) == PRESETS['smoke'].samples == len(list((out / 'samples').glob('*.png')))
     assert nib.load(samples[0]).header['descrip'].item().startswith(b'SIMULATED')
+    other = start(out, '--folder', Cohort(24, seed=3, spacing=3.).write(tmp_path / 'others'), '--pattern', '*_t1.nii.gz')
+    assert 'other people' in other.communicate(timeout=100)[0] and other.returncode == 1
     model = LatentDiffusion.from_pretrained(out / 'model')
     assert torch.isfinite(model.sample(1, positions=.1, steps=2, generator=torch.Generator().manual_seed(0))).all()
 

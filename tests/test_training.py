@@ -106,23 +106,29 @@ def finish(folder, **changes):
     assert wait(process(lambda: go_on(folder, **changes))) == 0
 
 
+def rows_in(folder):
+    "How many lines the run's log has; there is one for ten steps."
+    log = folder / 'log.jsonl'
+    return log.read_text().count('\n') if log.exists() else 0
+
+
 def scenario_random(home):
-    "Kill at random moments, up to three times a run."
-    start = time.monotonic()
+    "Kill at random moments between the tenth step and about the fortieth, three times a run."
     assert wait(process(lambda: make_trainer(home / 'whole').fit())) == 0
-    length, wanted, killed = time.monotonic() - start, result(home / 'whole'), 0
-    rng = random.Random(0)
+    wanted, killed, rng = result(home / 'whole'), 0, random.Random(0)
     for trial in range(3):
         folder = home / f'trial{trial}'
-        for _ in range(3):
+        for rows in sorted(rng.sample(range(1, 5), 3)):
             pid = process(lambda: go_on(folder))
-            time.sleep(length * rng.uniform(.2, .9))
+            deadline = time.monotonic() + 60
+            while rows_in(folder) < rows and time.monotonic() < deadline: time.sleep(.002)
+            time.sleep(rng.uniform(0, .03))
             os.kill(pid, signal.SIGKILL)
             killed += wait(pid) == -signal.SIGKILL
         finish(folder)
         same_bits(result(folder), wanted)
     print('killed', killed)
-    assert killed >= 3
+    assert killed == 9
 
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
