@@ -316,14 +316,14 @@ def write_report(
             f'<style>{CSS}</style><h1>{title}</h1><p class="notice">{notice}</p>{body}</html>')
     return atomic_write(path, text.encode())
 
-# %% ../nbs/08_kaggle_e2e.ipynb #896be4b3
+# %% ../nbs/08_kaggle_e2e.ipynb #3d67a62f
 class Clock:
     "Says how far a study is and about how long it still takes."
     def __init__(
         self,
-        plan: dict,  # stage -> CPU seconds expected
+        plan: dict | None = None,  # stage -> CPU seconds expected; None: not known
     ):
-        self.plan, self.stages, self.stage, self.start = plan, {}, None, (time.process_time(), time.perf_counter())
+        self.plan, self.stages, self.stage = plan, {}, None
 
     def begin(self, stage: str):
         "The next stage starts now."
@@ -345,7 +345,7 @@ class Clock:
 
     def say(self, line: str):
         "A line with the stage before it and the time left behind it."
-        say(f'[{self.stage}] {line}  (in all about {clock_text(self.left())} left)')
+        say(f'[{self.stage}] {line}' + (f'  (in all about {clock_text(self.left())} left)' if self.plan else ''))
 
 # %% ../nbs/08_kaggle_e2e.ipynb #dc9f7ea3
 def versions() -> dict:  # package -> version
@@ -396,7 +396,7 @@ def claim(
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
 
-# %% ../nbs/08_kaggle_e2e.ipynb #3e41de13
+# %% ../nbs/08_kaggle_e2e.ipynb #9222e43a
 def run_study(
     preset: Preset,
     out: Path,  # everything is written below this folder
@@ -404,9 +404,9 @@ def run_study(
     pattern: str = '*.nii*',  # which files of the folder
 ) -> dict:  # the numbers
     "Slices, autoencoder, diffusion model, samples, numbers, report; a stopped study goes on where it was."
-    here, length = machine(), lambda d: d.get('budget', 0.)
-    clock = Clock(dict(slices=.12 * (preset.train_subjects + preset.test_subjects), autoencoder=length(preset.vae_length),
-                       diffusion=length(preset.ldm_length) + 25., samples=.12 * preset.samples, numbers=20.))
+    here, lengths = machine(), [d.get('budget') for d in (preset.vae_length, preset.ldm_length)]
+    clock = Clock(dict(slices=.12 * (preset.train_subjects + preset.test_subjects), autoencoder=lengths[0] + 10., diffusion=lengths[1] + 20.,
+                       samples=.12 * preset.samples, numbers=40.) if all(lengths) else None)
     clock.begin('slices')
     train, test = get_slices(preset, folder, pattern)
     claim(out, preset, train.names)
