@@ -8,10 +8,11 @@ __all__ = ['DEBUG', 'PRESETS', 'CSS', 'NOTICE', 'OWN_NOTICE', 'cpu_name', 'machi
            'png_of', 'cells_of', 'html_table', 'sections', 'write_report', 'Clock', 'versions', 'peak_memory',
            'facts_of', 'card_of', 'claim', 'run_study', 'demo']
 
-# %% ../nbs/08_kaggle_e2e.ipynb #15f1b8c9
+# %% ../nbs/08_kaggle_e2e.ipynb #ea6bf957
 import base64
 import hashlib
 import html
+import importlib
 import io
 import json
 import os
@@ -347,7 +348,7 @@ class Clock:
         "A line with the stage before it and the time left behind it."
         say(f'[{self.stage}] {line}' + (f'  (in all about {clock_text(self.left())} left)' if self.plan else ''))
 
-# %% ../nbs/08_kaggle_e2e.ipynb #dc9f7ea3
+# %% ../nbs/08_kaggle_e2e.ipynb #aec1f699
 def versions() -> dict:  # package -> version
     "What the numbers were made with."
     names = ('torch', 'numpy', 'accelerate', 'nibabel')
@@ -357,7 +358,7 @@ def versions() -> dict:  # package -> version
 def peak_memory() -> int:  # MiB
     "The most memory this process has held."
     if os.name == 'nt': return psutil.Process().memory_info().peak_wset >> 20
-    import resource
+    resource = importlib.import_module('resource')          # not there on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == 'darwin' else 2**10))
 

@@ -23,9 +23,7 @@ ANATOMICAL = Path(nib.__file__).parent/'tests/data/anatomical.nii'
 
 
 def icbm_files():
-    spec = importlib.util.find_spec('nilearn')
-    if spec is None: pytest.skip('nilearn is not installed')
-    return sorted((Path(spec.origin).parent/'datasets/data').glob('mni_icbm152_*.nii.gz'))
+    return sorted((Path(importlib.util.find_spec('nilearn').origin).parent/'datasets/data').glob('mni_icbm152_*.nii.gz'))
 
 
 @pytest.fixture(scope='module')
