@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['to_numpy', 'as_volume', 'plane_axis', 'to_display', 'edge_letters', 'robust_window', 'label_colours', 'render_slice',
            'text_font', 'draw_text', 'draw_letters', 'encode_picture', 'wrap_text', 'names_width', 'tile', 'fit_zoom',
-           'content_box', 'as_stack', 'montage', 'show_grid', 'as_overlay', 'slice_position', 'position_text',
-           'slices_picture', 'show_slices', 'trajectory_picture', 'show_trajectory', 'is_static', 'quiet_comms',
-           'LivePicture', 'SliceViewer', 'TrajectoryScrubber']
+           'content_box', 'as_stack', 'montage', 'show_grid', 'show_plot', 'as_overlay', 'slice_position',
+           'position_text', 'slices_picture', 'show_slices', 'trajectory_picture', 'show_trajectory', 'is_static',
+           'quiet_comms', 'LivePicture', 'SliceViewer', 'TrajectoryScrubber']
 
-# %% ../nbs/00b_viewer.ipynb #60e004b4
-import io, os
+# %% ../nbs/00b_viewer.ipynb #e67b8649
+import base64, io, os
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 
@@ -351,6 +351,19 @@ def show_grid(
     "Show a batch of slices as one tight grid."
     width, height = [int(s*dpi) for s in size]
     return figure(montage(images, ncols, titles, rows, spacing, labels, vmin, vmax, width, height, **kwargs), dpi)
+
+# %% ../nbs/00b_viewer.ipynb #bbf4c11d
+def show_plot(
+    fig, # a matplotlib figure; is closed
+    colours=64, # size of the palette, at most 256
+):
+    "Lay out a figure, display it as a small PNG, close it."
+    fig.tight_layout(pad=.4)
+    fig.canvas.draw()
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3]).quantize(colours).save(file, 'PNG', optimize=True)
+    plt.close(fig)
+    display({'image/png': base64.b64encode(file.getvalue()).decode(), 'text/plain': 'a plot'}, raw=True)
 
 # %% ../nbs/00b_viewer.ipynb #c2a148e1
 def as_overlay(
