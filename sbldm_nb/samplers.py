@@ -6,7 +6,7 @@
 __all__ = ['SPACINGS', 'SAMPLERS', 'nearest_entries', 'get_timesteps', 'Step', 'make_plan', 'guide', 'spread', 'Frame', 'Sample',
            'starting_noise', 'Move', 'scalars', 'Run', 'renoise', 'stretches', 'Options', 'Sampler', 'posterior',
            'DDIMSampler', 'EulerSampler', 'DDPMSampler', 'DPMSolverSampler', 'HeunSampler', 'AdaptiveSampler',
-           'Projection', 'fits', 'KnownRegion', 'Measurement', 'SliceCoherent', 'slerp', 'invert']
+           'Projection', 'check_grid', 'KnownRegion', 'Measurement', 'SliceCoherent', 'slerp', 'invert']
 
 # %% ../nbs/06_samplers.ipynb #b53867a4
 import math
@@ -22,14 +22,15 @@ from .data import one_of
 from .layers import Cond
 from .schedules import Schedule, inverse_form, randn
 
-# %% ../nbs/06_samplers.ipynb #69d5efde
+# %% ../nbs/06_samplers.ipynb #57978a03
 def nearest_entries(
     table: Tensor,  # (T,) rising
     wanted: Tensor,  # (N,) rising, N <= T
 ) -> list[int]:  # N different indices, rising
     "For each wanted value the index of the nearest entry, pushed upwards where it is taken and back where the table ends."
-    right = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
-    index = torch.where(wanted - table[right - 1] <= table[right] - wanted, right - 1, right).tolist()
+    right = torch.searchsorted(table, wanted).clamp(max=len(table) - 1)
+    left = (right - 1).clamp(min=0)
+    index = torch.where(wanted - table[left] <= table[right] - wanted, left, right).tolist()
     for k in range(1, len(index)): index[k] = max(index[k], index[k - 1] + 1)
     return [min(i, len(table) - len(index) + k) for k, i in enumerate(index)]
 
@@ -86,7 +87,7 @@ def make_plan(
     levels = [*zip(schedule.alpha[index].tolist(), schedule.sigma[index].tolist()), (1., 0.)]
     return tuple(Step(t, *here, *there, inverse_form(*here, prediction_type)[0]) for t, here, there in zip(index, levels, levels[1:]))
 
-# %% ../nbs/06_samplers.ipynb #5ce8156b
+# %% ../nbs/06_samplers.ipynb #30d0bf7b
 def guide(
     model: Callable,  # (x_t, t, cond) -> output
     guidance: float = 1.,  # the weight w; 1 is no guidance
@@ -98,7 +99,7 @@ def guide(
     if not 0 <= rescale <= 1: raise ValueError(f'rescale must lie between 0 and 1, got {rescale}')
     if guidance == 1: return model
     def guided(x, t, cond=None):
-        if weak is None and cond is None:
+        if weak is None and (cond is None or not cond.parts()):
             raise ValueError(f'guidance {guidance:g} needs a condition to leave out or a weak model, and got neither')
         good = model(x, t, cond)
         bad = model(x, t, cond.null()) if weak is None else weak(x, t, cond)
@@ -110,11 +111,11 @@ def guide(
 
 def spread(x: Tensor) -> Tensor:
     "Standard deviation of each sample, (B, 1, ...), never zero."
-    return x.std(tuple(range(1, x.ndim)), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return x.std(tuple(range(1, x.ndim)), correction=0, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
-# %% ../nbs/06_samplers.ipynb #3cfcfaa4
+# %% ../nbs/06_samplers.ipynb #47301b66
 class Frame(NamedTuple):
-    "What a sampler saw and thought at one index."
+    "What a sampler saw and thought at one index; made in inference mode, so `.clone()` the tensors before training on them."
     t: int  # index into the schedule
     x: Tensor  # (B, C, ...) the noisy x_t shown to the network
     x0: Tensor  # (B, C, ...) the clean image it expected
@@ -124,11 +125,11 @@ class Frame(NamedTuple):
 class Sample:
     "The result of sampling."
     x0: Tensor  # (B, C, ...) the samples
-    steps: int  # steps taken; of the sample that took most, if they differ
-    trajectory: list[Frame] | None = None  # one frame a step, noisiest first, if asked for; its last x0 is the sample
+    steps: int  # steps taken, repeats of a projection included; of the sample that took most, if they differ
+    trajectory: list[Frame] | None = None  # one frame a step in the order walked, if asked for; the last x0 is the sample
     taken: Tensor | None = None  # (B,) steps of each sample, where a sampler may stop some before others
 
-# %% ../nbs/06_samplers.ipynb #f515b50c
+# %% ../nbs/06_samplers.ipynb #fcb3c10e
 def starting_noise(
     schedule: Schedule,  # gives the device if there is no noise
     shape: tuple | None,  # (B, C, ...)
@@ -136,7 +137,7 @@ def starting_noise(
     generator: torch.Generator | None,  # source of randomness where noise is None
     draw: Callable = randn,  # (shape, generator, device, dtype) -> standard normal numbers
 ) -> Tensor:
-    "The given noise, or fresh float32 noise on the schedule's device; ValueError if neither fits."
+    "The given noise, or fresh float32 noise on the schedule's device; ValueError if neither is given or they disagree."
     if noise is None:
         if shape is None: raise ValueError('sample needs a shape or a noise tensor, and got neither')
         return draw(tuple(shape), generator, schedule.device, torch.float32)
@@ -145,20 +146,20 @@ def starting_noise(
         raise ValueError(f'noise has shape {tuple(noise.shape)}, but shape asks for {tuple(shape)}')
     return noise
 
-# %% ../nbs/06_samplers.ipynb #789202d3
+# %% ../nbs/06_samplers.ipynb #2c9d4aab
 class Move(NamedTuple):
-    "The weights of one stretch: `x_s = x x_t + x0 x0 + before x0_before + noise z`."
+    "The weights a, b, c, d of one stretch, named after what they weigh."
     x: float  # of the state
     x0: float  # of the image expected now
     before: float = 0.  # of the image expected one step earlier
     noise: float = 0.  # of fresh standard normal noise
 
-# %% ../nbs/06_samplers.ipynb #f6f6d867
+# %% ../nbs/06_samplers.ipynb #8df72faa
 def scalars(
     rows: list,  # N rows of K numbers
     like: Tensor,  # gives type and device
 ) -> list[tuple]:  # N rows of K tensors without axes
-    "Numbers as tensors that a kernel multiplies with."
+    "Numbers as tensors that a kernel multiplies with; by columns, since taking apart K long tensors is cheaper than N short ones."
     return list(zip(*[column.unbind() for column in torch.tensor(rows, dtype=like.dtype, device=like.device).T]))
 
 # %% ../nbs/06_samplers.ipynb #b75c6eb7
@@ -201,7 +202,7 @@ class Run:
         "Go on with the samples at `index` only."
         self.times, self.cond = [t[index] for t in self.times], None if self.cond is None else self.cond[index]
 
-# %% ../nbs/06_samplers.ipynb #e78af8bf
+# %% ../nbs/06_samplers.ipynb #12b38303
 def renoise(
     x: Tensor,  # (B, C, ...) the state at the end of the stretch `done`
     done: Step,  # a stretch
@@ -219,7 +220,7 @@ def stretches(
     x: Tensor,  # (B, C, ...) the state at the start
     watched: bool,  # compute x0 at every step
 ):
-    "Yield (step, x_t, x0, x_s, None) for each stretch; x0 is None where nobody looks at it. Takes `send(indices to go on with)`."
+    "Yield (step, x_t, x0, x_s, who moved: None means all) for each stretch; x0 is None where nobody looks at it. Takes `send(indices to go on with)`."
     before, end, project = None, len(run.plan) - 1, run.projection
     path = range(len(run.plan)) if project is None else project.path(len(run.plan))
     for i, k in enumerate(path):
@@ -229,7 +230,7 @@ def stretches(
         x0 = run.image(k, x, answer) if watched or run.memory is not None or k == end else None
         y = x0 if k == end else sampler.advance(run, k, x, answer, x0, before)
         if project is not None: y = project.restrain(y, run.plan[k], run.fresh)
-        keep = yield run.plan[k], x, x0, y, None
+        keep = yield run.plan[k], x, y if k == end else x0, y, None
         x, before = y, x0
         if keep is not None:
             run.keep(keep)
@@ -237,17 +238,17 @@ def stretches(
         if project is not None and i + 1 < len(path) and path[i + 1] <= k:
             x, before = renoise(x, run.plan[k], run.plan[path[i + 1]], run.fresh), None
 
-# %% ../nbs/06_samplers.ipynb #f6cd490c
+# %% ../nbs/06_samplers.ipynb #1465d9d0
 @dataclass(eq=False)
 class Options:
     "What every sampler is built with."
-    model: Callable  # (x_t, t, cond) -> output, t is (B,) long
+    model: Callable  # (x_t, t, cond) -> output, t is (B,) long; must not write into x_t
     schedule: Schedule  # tables of alpha and sigma
     prediction_type: str = 'v'  # what the model answers: 'eps' | 'x0' | 'v' | 'flow'
     spacing: str = 'trailing'  # 'trailing' | 'leading' | 'linspace' | 'lambda' | 'karras'
     guidance: float = 1.  # weight w in weak + w (model - weak); 1 is no guidance
-    weak: Callable | None = None  # worse model for autoguidance; None means the model without its condition
     interval: tuple | None = None  # (low, high) indices between which guidance acts; None: everywhere
+    weak: Callable | None = None  # worse model for autoguidance; None means the model without its condition
     rescale: float = 0.  # share of the guided answer whose spread is set back, 0 to 1
     draw: Callable = randn  # (shape, generator, device, dtype) -> standard normal numbers
 
@@ -255,8 +256,9 @@ class Options:
         self.schedule.check(self.prediction_type)
         one_of(self.spacing, SPACINGS, 'spacing')
         guide(self.model, self.guidance, self.weak, self.rescale)
-        if self.interval is not None and not (len(self.interval) == 2 and self.interval[0] <= self.interval[1]):
-            raise ValueError(f'interval must be (low, high) indices with low <= high, got {self.interval}')
+        whole = isinstance(self.interval, (tuple, list)) and len(self.interval) == 2 and all(k == int(k) for k in self.interval)
+        if self.interval is not None and not (whole and self.interval[0] <= self.interval[1]):
+            raise ValueError(f'interval must be (low, high) whole indices with low <= high, got {self.interval}')
 
 # %% ../nbs/06_samplers.ipynb #0071bf3f
 class Sampler(Options):
@@ -366,7 +368,7 @@ class HeunSampler(EulerSampler):
         second = torch.add(y * turn, x0_next, alpha=step.alpha_next - step.alpha - step.alpha_next * turn)
         return torch.add(x, y).add_(second).mul_(.5)
 
-# %% ../nbs/06_samplers.ipynb #7efe208b
+# %% ../nbs/06_samplers.ipynb #bb940924
 @dataclass(eq=False)
 class AdaptiveSampler(Sampler):
     "DDIM that ends a sample early when its expected image has stopped to change."
@@ -385,24 +387,25 @@ class AdaptiveSampler(Sampler):
     def walk(self, run: Run, x: Tensor, watched: bool):
         "All stretches; a finished sample leaves the batch, and what is yielded shows it at rest."
         if run.projection is not None: raise ValueError('AdaptiveSampler takes no projection: a sample that stops early would not have met it')
-        loop, whole, size = super().walk(run, x, True), None, len(x)
-        rest, calm, before, keep = torch.arange(size, device=x.device), torch.zeros(size, dtype=torch.long, device=x.device), None, None
+        loop, whole, batch = super().walk(run, x, True), None, len(x)
+        going, before, keep = torch.arange(batch, device=x.device), None, None
+        calm = torch.zeros_like(going)
         for i in range(len(run.plan)):
             step, x_t, x0, y, _ = loop.send(keep)
             if i >= self.min_steps and i > 0:
-                change = (x0 - before).flatten(1).norm(dim=1) / x0.flatten(1).norm(dim=1)
-                calm = torch.where(change < self.threshold, calm + 1, 0)
+                change, size = (x0 - before).flatten(1).norm(dim=1), x0.flatten(1).norm(dim=1)
+                calm = torch.where(change < self.threshold * size, calm + 1, 0)
             done = calm >= self.patience
             y = torch.where(done.view(-1, *[1] * (x.ndim - 1)), x0, y)
             parts = x_t, x0, y, torch.ones_like(done)
-            if len(rest) < size: parts = [w.index_copy(0, rest, p) for w, p in zip((whole[2], whole[1], whole[2], torch.zeros_like(whole[3])), parts)]
+            if len(going) < batch: parts = [w.index_copy(0, going, p) for w, p in zip((whole[2], whole[1], whole[2], torch.zeros_like(whole[3])), parts)]
             whole = parts
             yield step, *whole
             if done.all(): return
             keep, before = None, x0
             if done.any():
                 keep = (~done).nonzero()[:, 0]
-                rest, calm, before = rest[keep], calm[keep], x0[keep]
+                going, calm, before = going[keep], calm[keep], x0[keep]
 
 # %% ../nbs/06_samplers.ipynb #cb7bb1c5
 class Projection:
@@ -423,8 +426,8 @@ class Projection:
         "The state at the end of a stretch, made to agree."
         return x
 
-# %% ../nbs/06_samplers.ipynb #663d0e8a
-def fits(
+# %% ../nbs/06_samplers.ipynb #4d7cfce4
+def check_grid(
     name: str,  # for the message
     x: Tensor,  # what came
     noise: Tensor,  # (B, C, ...) what it must broadcast to: equal axes, or 1 in the place of B or C
@@ -447,19 +450,19 @@ class KnownRegion(Projection):
         if self.repeats < 1 or self.jump < 1: raise ValueError(f'repeats and jump must be at least 1, got {self.repeats} and {self.jump}')
 
     def fit(self, noise: Tensor):
-        fits('known', self.known, noise)
-        fits('mask', self.mask, noise)
+        check_grid('known', self.known, noise)
+        check_grid('mask', self.mask, noise)
         wide = torch.promote_types(noise.dtype, torch.float32)
         return replace(self, known=self.known.to(noise.device, wide), mask=self.mask.to(noise.device))
 
     def path(self, n: int):
         if self.repeats > 1 and self.jump >= n: raise ValueError(f'jump must be shorter than the run to be of use, got jump={self.jump} for {n} steps')
-        return [k for first in range(0, n, self.jump) for k in [*range(first, min(first + self.jump, n))] * self.repeats]
+        return [k for first in range(0, n, self.jump) for k in [*range(first, min(first + self.jump, n))] * (self.repeats if first else 1)]
 
     def restrain(self, x: Tensor, step: Step, fresh: Callable) -> Tensor:
         return torch.where(self.mask, x, step.alpha_next * self.known + step.sigma_next * fresh())
 
-# %% ../nbs/06_samplers.ipynb #b5c79f02
+# %% ../nbs/06_samplers.ipynb #7a5e977d
 @dataclass(eq=False)
 class Measurement(Projection):
     "Correct every expected image so that `forward` of it is what was measured (DDNM, arXiv 2212.00490, eq. 13)."
@@ -474,7 +477,9 @@ class Measurement(Projection):
             raise ValueError(f'measured has shape {tuple(self.measured.shape)}, but forward makes {tuple(seen.shape)} of samples of shape {tuple(wide.shape)}')
         back = self.inverse(seen)
         if back.shape != wide.shape: raise ValueError(f'inverse returned shape {tuple(back.shape)} for samples of shape {tuple(wide.shape)}')
-        if (self.forward(back) - seen).norm() > 1e-3 * seen.norm(): raise ValueError('inverse is not the pseudo-inverse of forward: A A+ A differs from A')
+        if not (self.forward(back) - seen).norm() <= 1e-3 * seen.norm(): raise ValueError('inverse is not the pseudo-inverse of forward: A A+ A differs from A')
+        if not ((wide - back) * back).sum().abs() <= 1e-3 * wide.norm() * back.norm():
+            raise ValueError('inverse is not the pseudo-inverse of forward: A+ A is not an orthogonal projection, so corrections would not be the smallest')
         return replace(self, measured=self.measured.to(wide))
 
     def correct(self, x0: Tensor) -> Tensor:
@@ -519,7 +524,7 @@ def slerp(
     left, right = torch.where(flat, 1 - w, ((1 - w) * theta).sin() / sine), torch.where(flat, w, (w * theta).sin() / sine)
     return (left * p + right * q).view_as(a).to(a.dtype)
 
-# %% ../nbs/06_samplers.ipynb #f4a07ddf
+# %% ../nbs/06_samplers.ipynb #6af5fe8d
 def invert(
     sampler: DDIMSampler,  # with eta = 0
     x0: Tensor,  # (B, C, ...) clean
@@ -528,7 +533,8 @@ def invert(
     rounds: int = 3,  # fixed-point iterations a step; 1 is the common recipe
 ) -> Tensor:  # (B, C, ...) noise, from which `sampler.sample(noise=..., steps=steps, cond=cond)` leads back to x0
     "Encode images as the noise that DDIM would draw them from (arXiv 2010.02502, section 4.3); steps x rounds model calls."
-    if not isinstance(sampler, DDIMSampler) or sampler.eta != 0: raise ValueError('only a DDIMSampler with eta=0 can be inverted: fresh noise cannot be undone')
+    if not isinstance(sampler, DDIMSampler) or sampler.eta != 0: raise ValueError('only a DDIMSampler with eta=0 can be inverted')
+    if not x0.is_floating_point(): raise ValueError(f'x0 must be a floating-point tensor, got {x0.dtype}')
     if rounds < 1: raise ValueError(f'rounds must be at least 1, got {rounds}')
     plan = make_plan(sampler.schedule, sampler.prediction_type, steps, sampler.spacing)
     with torch.inference_mode():

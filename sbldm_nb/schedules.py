@@ -32,13 +32,13 @@ def linear_alphas_cumprod(
     "Betas rise in a straight line (Ho et al. 2020, arXiv 2006.11239, section 4)."
     return betas_to_alphas_cumprod(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
 
-# %% ../nbs/02_schedules.ipynb #dbc552f6
+# %% ../nbs/02_schedules.ipynb #2a884934
 def scaled_linear_alphas_cumprod(
     num_timesteps: int,  # length T of the table
     beta_start: float = 1e-4,  # variance added in the first step
     beta_end: float = .02,  # variance added in the last step
 ) -> Tensor:  # (T,) float64
-    "Square roots of the betas rise in a straight line (latent diffusion, arXiv 2112.10752)."
+    "Square roots of the betas rise in a straight line (latent diffusion; arXiv 2403.03206, section 3, '(LDM-)Linear')."
     roots = torch.linspace(beta_start**.5, beta_end**.5, num_timesteps, dtype=torch.float64)
     return betas_to_alphas_cumprod(roots**2)
 
@@ -115,7 +115,7 @@ def inverse_form(
     det = alpha * q - sigma * p
     return (q / det, -sigma / det), (-p / det, alpha / det)
 
-# %% ../nbs/02_schedules.ipynb #74fb53ca
+# %% ../nbs/02_schedules.ipynb #0b5c54af
 def check_times(
     t: Tensor,  # (B,) whole indices
     num_timesteps: int,  # length T of the tables
@@ -137,25 +137,28 @@ def check_pair(
 ):
     "ValueError unless both are floating-point tensors of one shape."
     if a.shape != b.shape: raise ValueError(f'{what} has shape {tuple(b.shape)}, but belongs to an image of shape {tuple(a.shape)}')
-    if not (a.is_floating_point() and b.is_floating_point()): raise ValueError(f'image and {what} must be floating-point tensors, got {a.dtype} and {b.dtype}')
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ValueError(f'image and {what} must be floating-point tensors, got {a.dtype} and {b.dtype}')
 
-# %% ../nbs/02_schedules.ipynb #7de4c70a
+# %% ../nbs/02_schedules.ipynb #ec2b0a92
 class Tables:
-    "`alpha`, `sigma` and what follows from them, float32, each (T,); index 0 is the cleanest."
+    "`alpha`, `sigma` and what follows from them, float32, (T,), cleanest first; `alphas_cumprod` is alpha^2 / (alpha^2 + sigma^2), also for flow."
     def __init__(
         self,
-        alpha: Tensor,  # (T,) signal levels, falling; only the last may be zero
-        sigma: Tensor,  # (T,) noise levels, rising, all positive
+        alpha: Tensor,  # (T,) signal levels, not rising; only the last may be zero
+        sigma: Tensor,  # (T,) noise levels, not falling, all positive
         **config,  # the arguments of `get_schedule` that rebuild this object
     ):
         a, s = alpha.double(), sigma.double()
-        if a.ndim != 1 or a.shape != s.shape or not len(a) or not ((lambda_ := a.log() - s.log())[0] < math.inf and (lambda_.diff() < 0).all()):
-            raise ValueError(f'alpha and sigma must be two (T,) tables with alpha / sigma finite and falling, got shapes {tuple(a.shape)} and {tuple(s.shape)}')
+        if (a.ndim != 1 or a.shape != s.shape or not len(a) or not (a.float()[:-1] > 0).all()
+            or not ((lambda_ := a.log() - s.log())[0] < math.inf and (lambda_.diff() < 0).all())):
+            raise ValueError('alpha and sigma must be two (T,) tables with alpha / sigma finite and falling, and alpha above 0 in float32 '
+                             f'before the last entry, got shapes {tuple(a.shape)} and {tuple(s.shape)}')
         self.alpha, self.sigma, self.config = a.float(), s.float(), config
         self.alphas_cumprod, self.lambda_ = (a**2 / (a**2 + s**2)).float(), lambda_.float()
         self.num_timesteps, self.zero_terminal = len(a), bool(self.alpha[-1] == 0)
 
-    def __repr__(self): return f'Schedule({", ".join(f"{k}={v!r}" for k, v in self.config.items())})'
+    def __repr__(self): return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self.config.items())})'
 
     @property
     def device(self) -> torch.device: return self.alpha.device
@@ -164,6 +167,7 @@ class Tables:
         "A copy with its tables on `device`; this one stays where it is."
         other = object.__new__(type(self))
         other.__dict__ = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        other.config = dict(self.config)
         return other
 
     def levels(
@@ -183,7 +187,7 @@ class Tables:
         a, s = self.levels(t)
         return (a / s)**2
 
-# %% ../nbs/02_schedules.ipynb #35b19d3a
+# %% ../nbs/02_schedules.ipynb #469b156c
 class Schedule(Tables):
     "Tables with `x_t = alpha_t x0 + sigma_t eps` and the maps between x0, eps and a network's output."
     def check(self, prediction_type: str):
@@ -208,8 +212,8 @@ class Schedule(Tables):
         noise: Tensor,  # (B, C, ...) the noise that was added
         t: Tensor,  # (B,) whole indices
         prediction_type: str = 'v',  # 'eps' | 'x0' | 'v' | 'flow'
-    ) -> Tensor:  # (B, C, ...) what a perfect network answers, in the dtype of x0
-        "The form `p x0 + q noise`; ValueError for a parameterisation that `check` refuses."
+    ) -> Tensor:  # (B, C, ...) what the network is asked for, in the dtype of x0
+        "What the network is asked for, `p x0 + q noise`; ValueError for a parameterisation that `check` refuses."
         self.check(prediction_type)
         check_pair(x0, noise, 'noise')
         p, q = output_form(*self.levels(t, x0), prediction_type)
@@ -235,7 +239,7 @@ SCHEDULES = {'linear': (linear_alphas_cumprod, BETAS), 'scaled_linear': (scaled_
              'gamma_rebalanced': (gamma_rebalanced_alphas_cumprod, ('gamma', 'mode', *BETAS)),
              'flow': (flow_levels, ('shift',))}  # name: (what makes the table, the arguments it reads)
 
-# %% ../nbs/02_schedules.ipynb #a858f2c0
+# %% ../nbs/02_schedules.ipynb #ef84acc8
 def get_schedule(
     schedule_type: str = 'linear',  # 'linear' | 'scaled_linear' | 'cosine' | 'sigmoid' | 'gamma_rebalanced' | 'flow'
     num_timesteps: int = 1000,  # length T of the tables
@@ -246,16 +250,17 @@ def get_schedule(
     zero_terminal_snr: bool = False,  # remove the signal left in the last entry; flow has none
     shift: float = 1.,  # of 'flow': above 1 moves indices to the noisy end
 ) -> Schedule:
-    "Build a schedule by name; ValueError names a wrong type, length, beta, gamma, mode or shift."
+    "Build a schedule by name; arguments that a type does not read are ignored, except shift, which is refused. ValueError names what is wrong."
     make, reads = SCHEDULES[one_of(schedule_type, SCHEDULES, 'schedule_type')]
-    if num_timesteps != int(num_timesteps) or num_timesteps < 2:
+    if not 2 <= num_timesteps < math.inf or num_timesteps != int(num_timesteps):
         raise ValueError(f'num_timesteps must be a whole number of at least 2, got {num_timesteps}')
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(f'betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}')
     for name, value in dict(gamma=gamma, shift=shift).items():
         if not 0 < value < math.inf: raise ValueError(f'{name} must be a finite number above 0, got {value}')
     if shift != 1 and 'shift' not in reads: raise ValueError(f"shift belongs to the 'flow' schedule, got {shift} for {schedule_type!r}")
-    given = dict(gamma=float(gamma), mode=one_of(mode, ('alpha_bar', 'beta'), 'mode'), beta_start=float(beta_start), beta_end=float(beta_end), shift=float(shift))
+    given = dict(gamma=float(gamma), mode=one_of(mode, ('alpha_bar', 'beta'), 'mode'),
+                 beta_start=float(beta_start), beta_end=float(beta_end), shift=float(shift))
     chosen, T = {k: given[k] for k in reads}, int(num_timesteps)
     config = dict(schedule_type=schedule_type, num_timesteps=T, **chosen)
     if schedule_type == 'flow': return Schedule(*make(T, **chosen), **config)

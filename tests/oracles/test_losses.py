@@ -1,6 +1,8 @@
 "Losses against diffusers 0.42.1, monai 1.6.1, scikit-image, NumPy, SciPy and slow loops."
+import copy
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from sbldm_nb.losses import (
     LatentCutMix,
     PatchDiscriminator,
     PerceptualLoss,
+    VAELoss,
     discriminator_loss,
     draw_partners,
     generator_loss,
@@ -126,6 +129,39 @@ def test_mask_errors():
         with pytest.raises(ValueError, match='weights from 0 to 1'): mask_parts(torch.full((1, 1, 8, 8), bad), x)
 
 
+def test_loss_never_reads_values_of_another_device():
+    "On 'meta' there are none to read: a look at them, which on a GPU would wait for it, fails there."
+    schedule, x = get_schedule('cosine'), torch.zeros(2, 4, 8, 8, device='meta')
+    for base in ('mse', FrequencyAwareLoss()):
+        loss = DiffusionLoss(schedule, weighting='min_snr', base=base)
+        assert loss.per_sample(lambda x, t, c: x, x, mask=torch.ones(2, 1, 8, 8, dtype=torch.bool, device='meta')).shape == (2,)
+        assert loss.schedule.device == x.device and schedule.device.type == 'cpu'
+        moved = loss.schedule
+        loss(lambda x, t, c: x, x)
+        assert loss.schedule is moved
+
+
+@pytest.mark.parametrize('config', schedules, ids=str)
+def test_times_follow_the_schedule(config):
+    schedule = get_schedule(**config)
+    wanted = 'logit_normal' if config['schedule_type'] == 'flow' else 'uniform'
+    assert {DiffusionLoss(schedule, kind).times for kind in kinds(schedule)} == {wanted}
+    assert DiffusionLoss(schedule, times='uniform').times == 'uniform'
+
+
+def test_base():
+    schedule, frequency = get_schedule('cosine'), FrequencyAwareLoss(1, .3)
+    assert DiffusionLoss(schedule).base == 'mse' and DiffusionLoss(schedule, base=frequency).base is frequency
+    for wrong in (FrequencyAwareLoss, 'mae', None, torch.nn.functional.mse_loss):
+        with pytest.raises(ValueError, match='base'): DiffusionLoss(schedule, base=wrong)
+    assert frequency.config == dict(low_freq_weight=1, high_freq_weight=.3, cutoff_ratio=.25, normalize=False)
+    with torch.inference_mode(): kept = frequency.per_sample(torch.ones(1, 1, 11, 3))
+    r = torch.ones(1, 1, 11, 3, requires_grad=True)
+    again = FrequencyAwareLoss(**frequency.config).per_sample(r)
+    again.backward()
+    assert torch.equal(again.detach(), kept) and r.grad.isfinite().all()
+
+
 @pytest.mark.parametrize('size', sizes)
 def test_parseval(size):
     "Equal weights are the mean squared error; the parts of the spectrum add up to it."
@@ -175,6 +211,17 @@ def test_cutmix_law(alpha):
     share = LatentCutMix(alpha, prob=1.).draw(torch.zeros(4000), (999,), seeded(1))[2]
     at = np.linspace(.05, .95, 19)
     assert abs((share.numpy()[:, None] <= at).mean(0) - beta(alpha, alpha).cdf(at)).max() < .025
+
+
+@pytest.mark.parametrize('alpha', [1e-3, .01, .05])
+def test_beta_of_small_alpha(alpha):
+    "Nearly all at the ends: variance 1 / (4 (2 alpha + 1)), SciPy's mass between, and no heap at one half."
+    drawn, law = sample_beta(100_000, alpha, seeded()), beta(alpha, alpha)
+    assert drawn.isfinite().all() and (drawn == .5).sum() == 0
+    assert drawn.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=.01)
+    for low, high in ((1e-6, .5), (.01, .99), (.4, .6)):
+        inside = law.cdf(high) - law.cdf(low)
+        assert abs(((drawn > low) & (drawn < high)).double().mean() - inside) < 5 * math.sqrt(inside / 100_000)
 
 
 @pytest.mark.parametrize('size', [(9,), (6, 11), (8, 14, 8)])
@@ -261,6 +308,16 @@ def test_perceptual_loss_is_finite_and_frozen():
     assert network.training and all(p.requires_grad for p in network.parameters())
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_perceptual_loss_widens_its_copy(dtype):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).to(dtype)
+    x, y = torch.randn(2, 2, 1, 9, 9, generator=seeded())
+    judge, wide = PerceptualLoss(network), PerceptualLoss(copy.deepcopy(network).float())
+    assert torch.equal(judge(x.to(dtype), y.to(dtype)), wide(x.to(dtype), y.to(dtype))) and judge(x, y).dtype == torch.float32
+    assert network[0].weight.dtype == dtype and judge.network[1].num_batches_tracked.dtype == torch.int64
+
+
 @pytest.mark.parametrize('shapes', [((2, 1, 4, 5), (2, 1, 4, 5)), ((3, 1, 2, 3, 4), (1, 1, 2, 3, 4))])
 def test_adversarial_losses(shapes):
     "monai's least squares without its activation; its hinge puts a tanh over the logits first, and its generator adds one."
@@ -323,6 +380,28 @@ def test_eq_regulariser():
     assert EQRegulariser()(decode, z, x, seeded(5)) == EQRegulariser()(decode, z, x, seeded(5))
 
 
+def test_eq_regulariser_of_unequal_factors():
+    "Refused whatever would have been drawn, and allowed in the plane."
+    z = torch.randn(1, 2, 4, 4, 4, generator=seeded())
+    decode = lambda v: v.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    for k in range(20):
+        with pytest.raises(ValueError, match='cannot be turned'): EQRegulariser()(decode, z, decode(z), seeded(k))
+        assert EQRegulariser(True, 1.)(decode, z, decode(z), seeded(k)) == 0
+    uneven = lambda v: v.repeat_interleave(2, 2)
+    with pytest.raises(ValueError, match='cannot be turned'): EQRegulariser()(uneven, z[..., 0], uneven(z[..., 0]), seeded())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_eq_regulariser_of_a_half_precision_decoder(dtype):
+    "The decoder sees latents of its own type; the error is that of its output, in float32."
+    torch.manual_seed(0)
+    z, x, outputs = torch.randn(2, 3, 8, 6, generator=seeded()).to(dtype), torch.randn(2, 1, 8, 6, generator=seeded(1)).to(dtype), []
+    decoder = nn.Conv2d(3, 1, 3, padding=1).to(dtype)
+    found = EQRegulariser()(lambda v: outputs.append(decoder(v)) or outputs[-1], z, x, seeded(2))
+    assert found.dtype == torch.float32 and outputs[0].dtype == dtype
+    assert torch.equal(found, EQRegulariser()(lambda v: outputs[0].float(), z.float(), x.float(), seeded(2)))
+
+
 @pytest.mark.parametrize('shape', [(24, 31), (12, 14, 11)])
 def test_structural_loss(shape):
     "scikit-image's uniform window, over the windows that lie inside."
@@ -338,6 +417,15 @@ def test_structural_loss_gradient():
     g = torch.Generator().manual_seed(2)
     x, y = [torch.rand(1, 1, 9, 8, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(structural_loss, (x, y))
+
+
+def test_vae_loss_refuses_to_broadcast():
+    x = torch.zeros(2, 1, 9, 9)
+    gaussian = SimpleNamespace(mean=x, logvar=x)
+    for other in (x[:1], x[:, 0], torch.zeros(2, 3, 9, 9)):
+        for ssim in (0, .1):
+            with pytest.raises(ValueError, match='the reconstruction has shape'): VAELoss(ssim=ssim)(other, x, gaussian)
+    assert VAELoss()(x, x, gaussian)['loss'] == 0
 
 
 def test_loss_follows_generator_and_pickles():

@@ -11,7 +11,7 @@ from monai.networks.schedulers import DDPMScheduler as MonaiDDPM
 from monai.networks.schedulers import RFlowScheduler
 from torch.testing import assert_close
 
-from sbldm_nb.schedules import SCHEDULES, Schedule, get_schedule, randn
+from sbldm_nb.schedules import SCHEDULES, Schedule, Tables, get_schedule, inverse_form, randn
 
 betas = dict(beta_start=.0015, beta_end=.0195)
 times, ends = torch.tensor([0, 250, 500, 999]), torch.tensor([0, 0, 999, 999])
@@ -254,10 +254,29 @@ def test_old_configurations_load():
     (lambda s: get_schedule('flow', shift=math.inf), 'shift must be a finite number above 0, got inf'),
     (lambda s: get_schedule('linear', shift=2), "shift belongs to the 'flow' schedule"),
     (lambda s: get_schedule('linear', 10.5), 'whole number of at least 2, got 10.5'),
+    (lambda s: get_schedule('linear', math.inf), 'whole number of at least 2, got inf'),
+    (lambda s: get_schedule('linear', math.nan), 'whole number of at least 2, got nan'),
+    (lambda s: get_schedule('linear', beta_start=1e-3, beta_end=.5), 'above 0 in float32 before the last entry'),
+    (lambda s: Tables(torch.tensor([.5, 1e-50, 0.], dtype=torch.float64), torch.ones(3)), 'above 0 in float32 before the last entry'),
 ])
 def test_errors(call, said):
     with pytest.raises(ValueError) as error: call(get_schedule('cosine'))
     assert said in str(error.value)
+
+
+def test_errors_of_the_answer(member):
+    "One unit of error in `v` or `flow` is at most 1.2072 units in the image and in the noise; in `x0` it is alpha / sigma in the noise."
+    for kind in ('v', 'flow'):
+        for _, factor in inverse_form(member.alpha, member.sigma, kind): assert factor.abs().max() < 1.2072
+    assert_close(inverse_form(member.alpha, member.sigma, 'x0')[1][1].abs(), member.alpha / member.sigma)
+
+
+def test_names_and_copies(member):
+    "A copy has a configuration of its own, and plain tables do not call themselves a schedule."
+    copied = member.to('cpu')
+    copied.config['schedule_type'] = 'changed'
+    assert member.config['schedule_type'] in SCHEDULES and repr(member).startswith('Schedule(')
+    assert repr(Tables(member.alpha, member.sigma)) == 'Tables()'
 
 
 def test_randn_is_torchs():
