@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'DENOISERS', 'latents_of', 'Unconditional', 'SlicePosition', 'in_bfloat16', 'LatentDiffusion', 'latent_shape',
            'sample_images', 'save_pretrained', 'build', 'load_pretrained', 'load_weights', 'write_samples']
 
-# %% ../nbs/06a_ldm.ipynb #7306f4f7
+# %% ../nbs/06a_ldm.ipynb #4b9bc1bc
 import json
 import os
 import shutil
@@ -23,7 +23,7 @@ from torch import Tensor
 from .data import one_of, write_image
 from .dit3d import DiT3D
 from .layers import Cond
-from .losses import DiffusionLoss
+from .losses import DiffusionLoss, FrequencyAwareLoss
 from .samplers import SAMPLERS
 from .schedules import Schedule, get_schedule, randn
 from .unet3d import UNet
@@ -116,7 +116,7 @@ def in_bfloat16(
             return denoiser(x, t, cond).to(x.dtype)
     return call
 
-# %% ../nbs/06a_ldm.ipynb #2c140b91
+# %% ../nbs/06a_ldm.ipynb #723f0730
 class LatentDiffusion(nn.Module):
     "A latent space, a denoiser, a schedule and a task."
     def __init__(
@@ -128,6 +128,7 @@ class LatentDiffusion(nn.Module):
         prediction_type: str | None = None,  # 'eps' | 'x0' | 'v' | 'flow'; None: 'flow' for the flow schedule, else 'v'
         weak: nn.Module | None = None,  # worse denoiser for autoguidance
         weighting: str | None = None,  # None | 'min_snr', of the loss
+        base='mse',  # what the loss measures: 'mse' or a `FrequencyAwareLoss`
         size: tuple = (64, 64),  # of the images
     ):
         super().__init__()
@@ -136,14 +137,14 @@ class LatentDiffusion(nn.Module):
         self.latent, self.denoiser, self.schedule, self.task = latent.requires_grad_(False), denoiser, schedule, task
         self.weak = None if weak is None else weak.eval().requires_grad_(False)
         self.prediction_type, self.size = prediction_type, tuple(size)
-        self.objective = DiffusionLoss(schedule, prediction_type, weighting)
+        self.objective = DiffusionLoss(schedule, prediction_type, weighting, base=base)
 
     @property
     def config(self) -> dict:
         "Everything but the weights, as JSON can hold it."
-        named = lambda part: dict(name=type(part).__name__, **part.config)
+        named = lambda part: part if isinstance(part, str) else dict(name=type(part).__name__, **part.config)
         return dict(vae=named(self.latent.vae), denoiser=named(self.denoiser), schedule=self.schedule.config, task=named(self.task),
-                    prediction_type=self.prediction_type, weighting=self.objective.weighting, size=list(self.size), weak=self.weak is not None)
+                    prediction_type=self.prediction_type, weighting=self.objective.weighting, base=named(self.objective.base), size=list(self.size), weak=self.weak is not None)
 
     def train(self, mode: bool = True):
         "The latent space and the weak model stay in eval mode."
@@ -261,7 +262,7 @@ def build(
     except TypeError as e:
         raise ValueError(f'{path} holds arguments that {config["name"]} does not take ({e})') from e
 
-# %% ../nbs/06a_ldm.ipynb #b9befd6e
+# %% ../nbs/06a_ldm.ipynb #1492343b
 def load_pretrained(
     folder,  # what `save_pretrained` wrote
 ) -> LatentDiffusion:  # on the CPU, in eval mode
@@ -276,9 +277,10 @@ def load_pretrained(
     if config.get('format') != 'sbldm_nb.LatentDiffusion':
         raise ValueError(f'{path} does not describe a LatentDiffusion of this package')
     weak = build(DENOISERS, config['denoiser'], path) if config['weak'] else None
+    base = config['base'] if isinstance(config['base'], str) else build(dict(FrequencyAwareLoss=FrequencyAwareLoss), config['base'], path)
     model = LatentDiffusion(LatentSpace(build(dict(AutoencoderKL=AutoencoderKL), config['vae'], path)), build(DENOISERS, config['denoiser'], path),
                             get_schedule(**config['schedule']), build(TASKS, config['task'], path), config['prediction_type'], weak,
-                            config['weighting'], config['size'])
+                            config['weighting'], base, config['size'])
     for file in ('model.safetensors', 'weak.safetensors')[:1 + config['weak']]:
         load_weights(model, path.with_name(file))
     return model.eval()

@@ -74,7 +74,8 @@ def test_half_precision_at_both_ends(config, dtype):
         for weighting in (None, 'min_snr'):
             for base in ('mse', FrequencyAwareLoss()):
                 weight = torch.ones((), dtype=dtype, requires_grad=True)
-                loss = DiffusionLoss(schedule, kind, weighting, base=base).per_sample(lambda x, t, c: weight * x, x0, noise=noise, t=t, mask=x0[:, :1] > -9)
+                objective, mask = DiffusionLoss(schedule, kind, weighting, base=base), x0[:, :1] > -9
+                loss = objective.per_sample(lambda x, t, c: weight * x, x0, noise=noise, t=t, mask=mask)
                 loss.sum().backward()
                 assert loss.dtype == torch.float32 and loss.isfinite().all() and weight.grad.isfinite()
     for table, before in zip((schedule.alpha, schedule.sigma, schedule.alphas_cumprod, schedule.lambda_), tables):
@@ -87,7 +88,7 @@ def test_half_precision_is_near_float32(config):
     schedule, x0, noise = get_schedule(**config), *[torch.randn(8, 2, 9, 9, generator=seeded(k)).bfloat16() for k in (0, 1)]
     for kind in kinds(schedule):
         loss, t = DiffusionLoss(schedule, kind), torch.arange(8) * 142
-        half, full = [loss.per_sample(lambda x, t, c: x * 0, x.to(d), noise=n.to(d), t=t) for x, n, d in ((x0, noise, torch.bfloat16), (x0, noise, torch.float32))]
+        half, full = [loss.per_sample(lambda x, t, c: x * 0, x0.to(d), noise=noise.to(d), t=t) for d in (torch.bfloat16, torch.float32)]
         assert_close(half, full, rtol=1e-6, atol=0)
 
 
@@ -298,7 +299,8 @@ def test_perceptual_loss_is_finite_and_frozen():
     assert network.training and not PerceptualLoss(network).network.training
     loss = PerceptualLoss(network).train()
     before = {k: v.clone() for k, v in loss.state_dict().items()}
-    for x, y in ((torch.zeros(1, 1, 9, 9), torch.zeros(1, 1, 9, 9)), (torch.zeros(1, 1, 9, 9), torch.ones(1, 1, 9, 9)), (torch.ones(1, 1, 9, 9), torch.ones(1, 1, 9, 9))):
+    zero, one = torch.zeros(1, 1, 9, 9), torch.ones(1, 1, 9, 9)
+    for x, y in ((zero, zero), (zero, one), (one, one)):
         for judge in (loss, PerceptualLoss(nn.Conv2d(1, 4, 3, bias=False))):
             x = x.detach().requires_grad_()
             value = judge(x, y)
@@ -362,7 +364,8 @@ def test_shrinking(size):
 
 def test_eq_regulariser():
     "Zero for decoders that commute with the operation; gradients reach latents and decoder; the generator decides."
-    z, x = torch.randn(2, 1, 4, 4, 4, generator=seeded(), dtype=torch.float64, requires_grad=True), torch.randn(2, 1, 8, 8, 8, generator=seeded(1), dtype=torch.float64)
+    z = torch.randn(2, 1, 4, 4, 4, generator=seeded(), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 1, 8, 8, 8, generator=seeded(1), dtype=torch.float64)
     w = torch.ones((), dtype=torch.float64, requires_grad=True)
     decode = lambda z: (w * z).repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
     for k in range(30):
