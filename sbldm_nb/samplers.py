@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPACINGS', 'SAMPLERS', 'nearest_entries', 'get_timesteps', 'Step', 'make_plan', 'guide', 'spread', 'Frame', 'Sample',
-           'starting_noise', 'Move', 'scalars', 'Run', 'renoise', 'stretches', 'Options', 'Sampler', 'posterior',
-           'DDIMSampler', 'EulerSampler', 'DDPMSampler', 'DPMSolverSampler', 'HeunSampler', 'AdaptiveSampler',
-           'Projection', 'check_grid', 'KnownRegion', 'Measurement', 'SliceCoherent', 'slerp', 'invert']
+           'starting_noise', 'Move', 'scalars', 'Prepared', 'prepare', 'Run', 'renoise', 'stretches', 'Options',
+           'Sampler', 'posterior', 'DDIMSampler', 'EulerSampler', 'DDPMSampler', 'DPMSolverSampler', 'HeunSampler',
+           'AdaptiveSampler', 'Projection', 'check_grid', 'KnownRegion', 'Measurement', 'SliceCoherent', 'slerp',
+           'invert']
 
-# %% ../nbs/06_samplers.ipynb #b53867a4
+# %% ../nbs/06_samplers.ipynb #0c1e4de5
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ def get_timesteps(
     ends = straighten(noisiness[[0, -1]]).tolist()
     return first + nearest_entries(noisiness, bend(torch.linspace(*ends, N - len(first), dtype=torch.float64)))[::-1]
 
-# %% ../nbs/06_samplers.ipynb #4c8ff82f
+# %% ../nbs/06_samplers.ipynb #f53facba
 class Step(NamedTuple):
     "One stretch of the path, as plain numbers."
     t: int  # index into the schedule
@@ -75,17 +75,16 @@ class Step(NamedTuple):
         return math.log(self.alpha_next * self.sigma / (self.alpha * self.sigma_next))
 
 
-@lru_cache(64)
 def make_plan(
     schedule: Schedule,  # tables of alpha and sigma
     prediction_type: str,  # 'eps' | 'x0' | 'v' | 'flow'
     steps: int,  # number of stretches
     spacing: str = 'trailing',  # 'trailing' | 'leading' | 'linspace' | 'lambda' | 'karras'
-) -> tuple[Step, ...]:  # from the noisiest index to the clean image
-    "Every number a sampling loop needs; the last stretch ends exactly at alpha = 1, sigma = 0. The same question gets the same tuple."
+) -> list[Step]:  # from the noisiest index to the clean image
+    "Every number a sampling loop needs; the last stretch ends exactly at alpha = 1, sigma = 0."
     index = get_timesteps(schedule, steps, spacing)
     levels = [*zip(schedule.alpha[index].tolist(), schedule.sigma[index].tolist()), (1., 0.)]
-    return tuple(Step(t, *here, *there, inverse_form(*here, prediction_type)[0]) for t, here, there in zip(index, levels, levels[1:]))
+    return [Step(t, *here, *there, inverse_form(*here, prediction_type)[0]) for t, here, there in zip(index, levels, levels[1:])]
 
 # %% ../nbs/06_samplers.ipynb #30d0bf7b
 def guide(
@@ -162,29 +161,50 @@ def scalars(
     "Numbers as tensors that a kernel multiplies with; by columns, since taking apart K long tensors is cheaper than N short ones."
     return list(zip(*[column.unbind() for column in torch.tensor(rows, dtype=like.dtype, device=like.device).T]))
 
-# %% ../nbs/06_samplers.ipynb #b75c6eb7
+# %% ../nbs/06_samplers.ipynb #813ed0d9
+class Prepared(NamedTuple):
+    "What a run needs and neither noise nor condition change."
+    plan: list[Step]  # from the noisiest index to the clean image
+    times: tuple  # (B,) index for each step
+    forms: list[tuple]  # (p, q): x0 = p x_t + q answer
+    moves: list[tuple]  # (a, b): x_s = a x_t + b answer + ...
+    memory: list[float] | None  # ... + weight of the image expected before
+    noise: list[float] | None  # ... + weight of fresh noise
+
+
+def prepare(
+    sampler: 'Sampler',
+    steps: int,  # number of stretches
+    x: Tensor,  # (B, C, ...) a state: gives B, type and device
+    projected: bool,  # answers are turned into images before they are used
+) -> Prepared:
+    "Turn a sampler's rules into numbers."
+    plan = make_plan(sampler.schedule, sampler.prediction_type, steps, sampler.spacing)
+    times = torch.tensor([step.t for step in plan], device=x.device)[:, None].repeat(1, len(x)).unbind()
+    forms = [(0., 1.) if projected else step.to_x0 for step in plan]
+    moves = [sampler.move(step, last) for step, last in zip(plan, [None, *plan])]
+    sums = scalars([(m.x + m.x0 * p, m.x0 * q) for m, (p, q) in zip(moves, forms)], x)
+    memory, noise = [m.before for m in moves], [m.noise for m in moves]
+    return Prepared(plan, times, forms, sums, memory if any(memory) else None, noise if any(noise) else None)
+
+# %% ../nbs/06_samplers.ipynb #de03797e
 class Run:
-    "One call of `sample`: its plan, its coefficients and whom to ask, ready before the first step."
+    "One call of `sample`."
     def __init__(
         self,
-        sampler,  # a `Sampler`
-        plan: tuple[Step, ...],  # from `make_plan`
+        sampler: 'Sampler',
+        ready: Prepared,  # from `prepare`
         x: Tensor,  # (B, C, ...) the state at the start
         cond: Cond | None,  # condition for the model
         dtype: torch.dtype,  # what the model wants to see
         generator: torch.Generator | None = None,  # source of fresh noise
-        projection=None,  # a `Projection`
+        projection: 'Projection | None' = None,  # what the samples must agree with
     ):
-        self.plan, self.cond, self.dtype, self.projection = plan, cond, dtype, projection
+        self.plan, self.times, self.forms, self.moves, self.memory, self.noise = ready
+        self.cond, self.dtype, self.projection = cond, dtype, projection
         self.fresh = lambda: sampler.draw(x.shape, generator, x.device, x.dtype)
-        self.times = torch.tensor([step.t for step in plan], device=x.device)[:, None].repeat(1, len(x)).unbind()
         guided, (low, high) = guide(sampler.model, sampler.guidance, sampler.weak, sampler.rescale), sampler.interval or (-math.inf, math.inf)
-        self.models = [guided if low <= step.t <= high else sampler.model for step in plan]
-        self.forms = [step.to_x0 if projection is None else (0., 1.) for step in plan]
-        moves = [sampler.move(step, last) for step, last in zip(plan, [None, *plan])]
-        self.moves = scalars([(m.x + m.x0 * p, m.x0 * q) for m, (p, q) in zip(moves, self.forms)], x)
-        self.memory = [m.before for m in moves] if any(m.before for m in moves) else None
-        self.noise = [m.noise for m in moves] if any(m.noise for m in moves) else None
+        self.models = [guided if low <= step.t <= high else sampler.model for step in self.plan]
 
     def ask(self, k: int, x: Tensor) -> Tensor:
         "The model's answer to the state `x` at position `k` of the plan; with a projection the corrected image."
@@ -202,7 +222,7 @@ class Run:
         "Go on with the samples at `index` only."
         self.times, self.cond = [t[index] for t in self.times], None if self.cond is None else self.cond[index]
 
-# %% ../nbs/06_samplers.ipynb #12b38303
+# %% ../nbs/06_samplers.ipynb #2241b2e6
 def renoise(
     x: Tensor,  # (B, C, ...) the state at the end of the stretch `done`
     done: Step,  # a stretch
@@ -215,7 +235,7 @@ def renoise(
 
 
 def stretches(
-    sampler,  # a `Sampler`
+    sampler: 'Sampler',
     run: Run,  # what it prepared
     x: Tensor,  # (B, C, ...) the state at the start
     watched: bool,  # compute x0 at every step
@@ -238,8 +258,8 @@ def stretches(
         if project is not None and i + 1 < len(path) and path[i + 1] <= k:
             x, before = renoise(x, run.plan[k], run.plan[path[i + 1]], run.fresh), None
 
-# %% ../nbs/06_samplers.ipynb #1465d9d0
-@dataclass(eq=False)
+# %% ../nbs/06_samplers.ipynb #89237796
+@dataclass(eq=False, frozen=True)
 class Options:
     "What every sampler is built with."
     model: Callable  # (x_t, t, cond) -> output, t is (B,) long; must not write into x_t
@@ -251,6 +271,7 @@ class Options:
     weak: Callable | None = None  # worse model for autoguidance; None means the model without its condition
     rescale: float = 0.  # share of the guided answer whose spread is set back, 0 to 1
     draw: Callable = randn  # (shape, generator, device, dtype) -> standard normal numbers
+    kept: dict = field(default_factory=dict, init=False, repr=False)  # what the last call prepared
 
     def __post_init__(self):
         self.schedule.check(self.prediction_type)
@@ -260,7 +281,15 @@ class Options:
         if self.interval is not None and not (whole and self.interval[0] <= self.interval[1]):
             raise ValueError(f'interval must be (low, high) whole indices with low <= high, got {self.interval}')
 
-# %% ../nbs/06_samplers.ipynb #0071bf3f
+    def prepared(self, steps: int, x: Tensor, projected: bool = False) -> Prepared:
+        "See `prepare`; kept for the next call that asks for the same, as one does batch after batch."
+        key = steps, len(x), x.dtype, x.device, projected
+        if key not in self.kept:
+            self.kept.clear()
+            self.kept[key] = prepare(self, steps, x, projected)
+        return self.kept[key]
+
+# %% ../nbs/06_samplers.ipynb #5e0b68c0
 class Sampler(Options):
     "The one signature and the one loop; a subclass only says how to walk one stretch."
     def move(self, step: Step, last: Step | None) -> Move:
@@ -287,15 +316,16 @@ class Sampler(Options):
         generator: torch.Generator | None = None,  # source of randomness
         callback: Callable | None = None,  # called as callback(i, x, x0) after step i = 0, 1, ...
         trajectory: bool = False,  # keep a `Frame` of every step
-        projection=None,  # a `Projection` that the samples must agree with
+        projection: 'Projection | None' = None,  # what the samples must agree with
     ) -> Sample:
         "Draw samples. Type and device follow `noise`; without it float32 on the schedule's device."
         noise = starting_noise(self.schedule, shape, noise, generator, self.draw)
         if projection is not None: projection = projection.fit(noise)
-        plan, frames, taken = make_plan(self.schedule, self.prediction_type, steps, self.spacing), [], None
+        wide, frames, taken = noise.to(torch.promote_types(noise.dtype, torch.float32)), [], None
+        ready = self.prepared(steps, wide, projection is not None)
         with torch.inference_mode():
-            x = noise.to(torch.promote_types(noise.dtype, torch.float32)) * math.hypot(plan[0].alpha, plan[0].sigma)
-            run = Run(self, plan, x, cond, noise.dtype, generator, projection)
+            x = wide * math.hypot(ready.plan[0].alpha, ready.plan[0].sigma)
+            run = Run(self, ready, x, cond, noise.dtype, generator, projection)
             for i, (step, x_t, x0, x, moved) in enumerate(self.walk(run, x, trajectory or callback is not None)):
                 if trajectory: frames.append(Frame(step.t, x_t, x0))
                 if callback is not None: callback(i, x, x0)
@@ -311,8 +341,8 @@ def posterior(
     added = max(step.sigma**2 - ratio**2 * step.sigma_next**2, 0.)
     return ratio * step.sigma_next**2 / step.sigma**2, step.alpha_next * added / step.sigma**2, step.sigma_next * math.sqrt(added) / step.sigma
 
-# %% ../nbs/06_samplers.ipynb #d7715b93
-@dataclass(eq=False)
+# %% ../nbs/06_samplers.ipynb #31beb55e
+@dataclass(eq=False, frozen=True)
 class DDIMSampler(Sampler):
     "Denoising diffusion implicit models (arXiv 2010.02502, eq. 12); eta = 0 is deterministic, eta = 1 is DDPM."
     eta: float = 0.  # share of fresh noise, 0 to 1
@@ -340,8 +370,8 @@ class DDPMSampler(Sampler):
         a, b, std = posterior(step)
         return Move(a, b, noise=std)
 
-# %% ../nbs/06_samplers.ipynb #f188e69d
-@dataclass(eq=False)
+# %% ../nbs/06_samplers.ipynb #58719246
+@dataclass(eq=False, frozen=True)
 class DPMSolverSampler(Sampler):
     "DPM-Solver++ multistep (arXiv 2211.01095, algorithm 2), as an ODE or, with fresh noise, as an SDE."
     spacing: str = 'lambda'  # 'trailing' | 'leading' | 'linspace' | 'lambda' | 'karras'
@@ -368,8 +398,8 @@ class HeunSampler(EulerSampler):
         second = torch.add(y * turn, x0_next, alpha=step.alpha_next - step.alpha - step.alpha_next * turn)
         return torch.add(x, y).add_(second).mul_(.5)
 
-# %% ../nbs/06_samplers.ipynb #bb940924
-@dataclass(eq=False)
+# %% ../nbs/06_samplers.ipynb #dc20c86d
+@dataclass(eq=False, frozen=True)
 class AdaptiveSampler(Sampler):
     "DDIM that ends a sample early when its expected image has stopped to change."
     threshold: float = 1e-4  # relative change of x0 that counts as none
@@ -524,7 +554,7 @@ def slerp(
     left, right = torch.where(flat, 1 - w, ((1 - w) * theta).sin() / sine), torch.where(flat, w, (w * theta).sin() / sine)
     return (left * p + right * q).view_as(a).to(a.dtype)
 
-# %% ../nbs/06_samplers.ipynb #6af5fe8d
+# %% ../nbs/06_samplers.ipynb #4214b686
 def invert(
     sampler: DDIMSampler,  # with eta = 0
     x0: Tensor,  # (B, C, ...) clean
@@ -536,17 +566,16 @@ def invert(
     if not isinstance(sampler, DDIMSampler) or sampler.eta != 0: raise ValueError('only a DDIMSampler with eta=0 can be inverted')
     if not x0.is_floating_point(): raise ValueError(f'x0 must be a floating-point tensor, got {x0.dtype}')
     if rounds < 1: raise ValueError(f'rounds must be at least 1, got {rounds}')
-    plan = make_plan(sampler.schedule, sampler.prediction_type, steps, sampler.spacing)
+    x = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    run = Run(sampler, sampler.prepared(steps, x), x, cond, x0.dtype)
     with torch.inference_mode():
-        x = x0.to(torch.promote_types(x0.dtype, torch.float32))
-        run = Run(sampler, plan, x, cond, x0.dtype)
-        for k, step in reversed([*enumerate(plan)]):
+        for k, step in reversed([*enumerate(run.plan)]):
             y = x
             for _ in range(rounds):
                 image = run.image(k, y, run.ask(k, y))
                 y = x + (step.alpha - step.alpha_next) * image + (step.sigma - step.sigma_next) / step.sigma * (y - step.alpha * image)
             x = y
-    return (x / math.hypot(plan[0].alpha, plan[0].sigma)).to(x0.dtype).clone()
+    return (x / math.hypot(run.plan[0].alpha, run.plan[0].sigma)).to(x0.dtype).clone()
 
 # %% ../nbs/06_samplers.ipynb #2a5d51a8
 SAMPLERS = dict(ddim=DDIMSampler, euler=EulerSampler, ddpm=DDPMSampler, dpm=DPMSolverSampler, heun=HeunSampler, adaptive=AdaptiveSampler)

@@ -829,8 +829,7 @@ def test_overhead(benchmark):
 
 
 def test_step_cost(benchmark):
-    """A step by itself, beside the peers'. Wanted is a factor of 5, and a quiet machine shows 5.6 to 6.4; beside three busy processes it was 5.1 to 5.6, which is
-    too near to 5 for a test that may not fail by chance. So the test asks for 4."""
+    "A step by itself, beside the peers': at least five times faster, batch after batch; CPU time, best of interleaved runs."
     rows = benchmark.step_cost(20)
     assert {(row['sampler'], row['peer']) for row in rows} == {('DDIMSampler', 'diffusers'), ('DDIMSampler', 'monai'), ('DPMSolverSampler', 'diffusers')}
-    for row in rows: assert row['ratio']['of_best'] >= 4, row
+    for row in rows: assert row['ratio']['of_best'] >= 5, row
