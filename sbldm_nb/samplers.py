@@ -161,7 +161,7 @@ def scalars(
     "Numbers as tensors that a kernel multiplies with; by columns, since taking apart K long tensors is cheaper than N short ones."
     return list(zip(*[column.unbind() for column in torch.tensor(rows, dtype=like.dtype, device=like.device).T]))
 
-# %% ../nbs/06_samplers.ipynb #813ed0d9
+# %% ../nbs/06_samplers.ipynb #c70c37fb
 class Prepared(NamedTuple):
     "What a run needs and neither noise nor condition change."
     plan: list[Step]  # from the noisiest index to the clean image
@@ -173,7 +173,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    sampler: 'Sampler',
+    sampler,  # a `Sampler`
     steps: int,  # number of stretches
     x: Tensor,  # (B, C, ...) a state: gives B, type and device
     projected: bool,  # answers are turned into images before they are used
@@ -187,18 +187,18 @@ def prepare(
     memory, noise = [m.before for m in moves], [m.noise for m in moves]
     return Prepared(plan, times, forms, sums, memory if any(memory) else None, noise if any(noise) else None)
 
-# %% ../nbs/06_samplers.ipynb #de03797e
+# %% ../nbs/06_samplers.ipynb #618bea41
 class Run:
     "One call of `sample`."
     def __init__(
         self,
-        sampler: 'Sampler',
+        sampler,  # a `Sampler`
         ready: Prepared,  # from `prepare`
         x: Tensor,  # (B, C, ...) the state at the start
         cond: Cond | None,  # condition for the model
         dtype: torch.dtype,  # what the model wants to see
         generator: torch.Generator | None = None,  # source of fresh noise
-        projection: 'Projection | None' = None,  # what the samples must agree with
+        projection=None,  # a `Projection` that the samples must agree with
     ):
         self.plan, self.times, self.forms, self.moves, self.memory, self.noise = ready
         self.cond, self.dtype, self.projection = cond, dtype, projection
@@ -222,7 +222,7 @@ class Run:
         "Go on with the samples at `index` only."
         self.times, self.cond = [t[index] for t in self.times], None if self.cond is None else self.cond[index]
 
-# %% ../nbs/06_samplers.ipynb #2241b2e6
+# %% ../nbs/06_samplers.ipynb #12b38303
 def renoise(
     x: Tensor,  # (B, C, ...) the state at the end of the stretch `done`
     done: Step,  # a stretch
@@ -235,7 +235,7 @@ def renoise(
 
 
 def stretches(
-    sampler: 'Sampler',
+    sampler,  # a `Sampler`
     run: Run,  # what it prepared
     x: Tensor,  # (B, C, ...) the state at the start
     watched: bool,  # compute x0 at every step
@@ -289,7 +289,7 @@ class Options:
             self.kept[key] = prepare(self, steps, x, projected)
         return self.kept[key]
 
-# %% ../nbs/06_samplers.ipynb #5e0b68c0
+# %% ../nbs/06_samplers.ipynb #ccb22e01
 class Sampler(Options):
     "The one signature and the one loop; a subclass only says how to walk one stretch."
     def move(self, step: Step, last: Step | None) -> Move:
@@ -316,7 +316,7 @@ class Sampler(Options):
         generator: torch.Generator | None = None,  # source of randomness
         callback: Callable | None = None,  # called as callback(i, x, x0) after step i = 0, 1, ...
         trajectory: bool = False,  # keep a `Frame` of every step
-        projection: 'Projection | None' = None,  # what the samples must agree with
+        projection=None,  # a `Projection` that the samples must agree with
     ) -> Sample:
         "Draw samples. Type and device follow `noise`; without it float32 on the schedule's device."
         noise = starting_noise(self.schedule, shape, noise, generator, self.draw)
