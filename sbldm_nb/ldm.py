@@ -262,7 +262,7 @@ def build(
     except TypeError as e:
         raise ValueError(f'{path} holds arguments that {config["name"]} does not take ({e})') from e
 
-# %% ../nbs/06a_ldm.ipynb #1492343b
+# %% ../nbs/06a_ldm.ipynb #450d6362
 def load_pretrained(
     folder,  # what `save_pretrained` wrote
 ) -> LatentDiffusion:  # on the CPU, in eval mode
@@ -277,7 +277,8 @@ def load_pretrained(
     if config.get('format') != 'sbldm_nb.LatentDiffusion':
         raise ValueError(f'{path} does not describe a LatentDiffusion of this package')
     weak = build(DENOISERS, config['denoiser'], path) if config['weak'] else None
-    base = config['base'] if isinstance(config['base'], str) else build(dict(FrequencyAwareLoss=FrequencyAwareLoss), config['base'], path)
+    base = config.get('base', 'mse')  # models of before the choice have none
+    if base != 'mse': base = build(dict(FrequencyAwareLoss=FrequencyAwareLoss), base, path)
     model = LatentDiffusion(LatentSpace(build(dict(AutoencoderKL=AutoencoderKL), config['vae'], path)), build(DENOISERS, config['denoiser'], path),
                             get_schedule(**config['schedule']), build(TASKS, config['task'], path), config['prediction_type'], weak,
                             config['weighting'], base, config['size'])

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SPACINGS', 'SAMPLERS', 'nearest_entries', 'get_timesteps', 'Step', 'make_plan', 'guide', 'spread', 'Frame', 'Sample',
            'starting_noise', 'Move', 'scalars', 'Prepared', 'prepare', 'Run', 'renoise', 'stretches', 'Options',
-           'Sampler', 'posterior', 'DDIMSampler', 'EulerSampler', 'DDPMSampler', 'DPMSolverSampler', 'HeunSampler',
-           'AdaptiveSampler', 'Projection', 'check_grid', 'KnownRegion', 'Measurement', 'SliceCoherent', 'slerp',
+           'Sampler', 'posterior', 'ddim_move', 'DDIMSampler', 'EulerSampler', 'DDPMSampler', 'DPMSolverSampler',
+           'HeunSampler', 'AdaptiveSampler', 'Projection', 'KnownRegion', 'Measurement', 'SliceCoherent', 'slerp',
            'invert']
 
-# %% ../nbs/06_samplers.ipynb #0c1e4de5
+# %% ../nbs/06_samplers.ipynb #f696a9d0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .data import one_of
 from .layers import Cond
-from .schedules import Schedule, inverse_form, randn
+from .schedules import Schedule, check_grid, inverse_form, randn, widen
 
 # %% ../nbs/06_samplers.ipynb #57978a03
 def nearest_entries(
@@ -86,7 +86,7 @@ def make_plan(
     levels = [*zip(schedule.alpha[index].tolist(), schedule.sigma[index].tolist()), (1., 0.)]
     return [Step(t, *here, *there, inverse_form(*here, prediction_type)[0]) for t, here, there in zip(index, levels, levels[1:])]
 
-# %% ../nbs/06_samplers.ipynb #30d0bf7b
+# %% ../nbs/06_samplers.ipynb #90bd05a2
 def guide(
     model: Callable,  # (x_t, t, cond) -> output
     guidance: float = 1.,  # the weight w; 1 is no guidance
@@ -102,9 +102,9 @@ def guide(
             raise ValueError(f'guidance {guidance:g} needs a condition to leave out or a weak model, and got neither')
         good = model(x, t, cond)
         bad = model(x, t, cond.null()) if weak is None else weak(x, t, cond)
-        wide = torch.promote_types(good.dtype, torch.float32)
-        answer = torch.lerp(bad.to(wide), good.to(wide), guidance)
-        return answer if rescale == 0 else answer * (1 - rescale + rescale * spread(good.to(wide)) / spread(answer))
+        good, bad = widen(good), widen(bad)
+        answer = torch.lerp(bad, good, guidance)
+        return answer if rescale == 0 else answer * (1 - rescale + rescale * spread(good) / spread(answer))
     return guided
 
 
@@ -289,7 +289,7 @@ class Options:
             self.kept[key] = prepare(self, steps, x, projected)
         return self.kept[key]
 
-# %% ../nbs/06_samplers.ipynb #ccb22e01
+# %% ../nbs/06_samplers.ipynb #364fdb6e
 class Sampler(Options):
     "The one signature and the one loop; a subclass only says how to walk one stretch."
     def move(self, step: Step, last: Step | None) -> Move:
@@ -321,7 +321,7 @@ class Sampler(Options):
         "Draw samples. Type and device follow `noise`; without it float32 on the schedule's device."
         noise = starting_noise(self.schedule, shape, noise, generator, self.draw)
         if projection is not None: projection = projection.fit(noise)
-        wide, frames, taken = noise.to(torch.promote_types(noise.dtype, torch.float32)), [], None
+        wide, frames, taken = widen(noise), [], None
         ready = self.prepared(steps, wide, projection is not None)
         with torch.inference_mode():
             x = wide * math.hypot(ready.plan[0].alpha, ready.plan[0].sigma)
@@ -341,7 +341,17 @@ def posterior(
     added = max(step.sigma**2 - ratio**2 * step.sigma_next**2, 0.)
     return ratio * step.sigma_next**2 / step.sigma**2, step.alpha_next * added / step.sigma**2, step.sigma_next * math.sqrt(added) / step.sigma
 
-# %% ../nbs/06_samplers.ipynb #31beb55e
+# %% ../nbs/06_samplers.ipynb #592fb4f6
+def ddim_move(
+    step: Step,  # a stretch
+    eta: float = 0.,  # share of fresh noise, 0 to 1
+) -> Move:
+    "The weights of DDIM (arXiv 2010.02502, eq. 12)."
+    std = eta * posterior(step)[2] if eta else 0.
+    kept = math.sqrt(max(step.sigma_next**2 - std**2, 0.)) / step.sigma
+    return Move(kept, step.alpha_next - step.alpha * kept, noise=std)
+
+
 @dataclass(eq=False, frozen=True)
 class DDIMSampler(Sampler):
     "Denoising diffusion implicit models (arXiv 2010.02502, eq. 12); eta = 0 is deterministic, eta = 1 is DDPM."
@@ -351,10 +361,7 @@ class DDIMSampler(Sampler):
         super().__post_init__()
         if not 0 <= self.eta <= 1: raise ValueError(f'eta must lie between 0 (deterministic) and 1 (DDPM), got {self.eta}')
 
-    def move(self, step: Step, last: Step | None) -> Move:
-        std = self.eta * posterior(step)[2] if self.eta else 0.
-        kept = math.sqrt(max(step.sigma_next**2 - std**2, 0.)) / step.sigma
-        return Move(kept, step.alpha_next - step.alpha * kept, noise=std)
+    def move(self, step: Step, last: Step | None) -> Move: return ddim_move(step, self.eta)
 
 # %% ../nbs/06_samplers.ipynb #de5dcde3
 class EulerSampler(Sampler):
@@ -398,7 +405,7 @@ class HeunSampler(EulerSampler):
         second = torch.add(y * turn, x0_next, alpha=step.alpha_next - step.alpha - step.alpha_next * turn)
         return torch.add(x, y).add_(second).mul_(.5)
 
-# %% ../nbs/06_samplers.ipynb #dc20c86d
+# %% ../nbs/06_samplers.ipynb #1b940ccb
 @dataclass(eq=False, frozen=True)
 class AdaptiveSampler(Sampler):
     "DDIM that ends a sample early when its expected image has stopped to change."
@@ -411,8 +418,7 @@ class AdaptiveSampler(Sampler):
         if not 0 <= self.threshold < math.inf: raise ValueError(f'threshold must be a finite number >= 0, got {self.threshold}')
         if self.patience < 1 or self.min_steps < 0: raise ValueError(f'patience must be at least 1 and min_steps at least 0, got {self.patience} and {self.min_steps}')
 
-    move = DDIMSampler.move
-    eta = 0.
+    def move(self, step: Step, last: Step | None) -> Move: return ddim_move(step)
 
     def walk(self, run: Run, x: Tensor, watched: bool):
         "All stretches; a finished sample leaves the batch, and what is yielded shows it at rest."
@@ -456,17 +462,7 @@ class Projection:
         "The state at the end of a stretch, made to agree."
         return x
 
-# %% ../nbs/06_samplers.ipynb #4d7cfce4
-def check_grid(
-    name: str,  # for the message
-    x: Tensor,  # what came
-    noise: Tensor,  # (B, C, ...) what it must broadcast to: equal axes, or 1 in the place of B or C
-) -> None:
-    "ValueError if a tensor lies on another grid than the noise."
-    ok = x.ndim == noise.ndim and x.shape[2:] == noise.shape[2:] and all(a in (1, b) for a, b in zip(x.shape[:2], noise.shape[:2]))
-    if not ok: raise ValueError(f'{name} has shape {tuple(x.shape)}, which does not fit samples of shape {tuple(noise.shape)}')
-
-
+# %% ../nbs/06_samplers.ipynb #748e8080
 @dataclass(eq=False)
 class KnownRegion(Projection):
     "Draw only where `mask` is true and keep `known` elsewhere (RePaint, arXiv 2201.09865, algorithm 1)."
@@ -480,10 +476,9 @@ class KnownRegion(Projection):
         if self.repeats < 1 or self.jump < 1: raise ValueError(f'repeats and jump must be at least 1, got {self.repeats} and {self.jump}')
 
     def fit(self, noise: Tensor):
-        check_grid('known', self.known, noise)
-        check_grid('mask', self.mask, noise)
-        wide = torch.promote_types(noise.dtype, torch.float32)
-        return replace(self, known=self.known.to(noise.device, wide), mask=self.mask.to(noise.device))
+        check_grid(self.known, noise, 'known image')
+        check_grid(self.mask, noise, 'mask')
+        return replace(self, known=self.known.to(widen(noise)), mask=self.mask.to(noise.device))
 
     def path(self, n: int):
         if self.repeats > 1 and self.jump >= n: raise ValueError(f'jump must be shorter than the run to be of use, got jump={self.jump} for {n} steps')
@@ -492,7 +487,7 @@ class KnownRegion(Projection):
     def restrain(self, x: Tensor, step: Step, fresh: Callable) -> Tensor:
         return torch.where(self.mask, x, step.alpha_next * self.known + step.sigma_next * fresh())
 
-# %% ../nbs/06_samplers.ipynb #7a5e977d
+# %% ../nbs/06_samplers.ipynb #c4cfce58
 @dataclass(eq=False)
 class Measurement(Projection):
     "Correct every expected image so that `forward` of it is what was measured (DDNM, arXiv 2212.00490, eq. 13)."
@@ -501,7 +496,7 @@ class Measurement(Projection):
     inverse: Callable  # its pseudo-inverse: like `measured` -> (B, C, ...)
 
     def fit(self, noise: Tensor):
-        wide = noise.to(torch.promote_types(noise.dtype, torch.float32))
+        wide = widen(noise)
         seen = self.forward(wide)
         if seen.shape[1:] != self.measured.shape[1:] or len(self.measured) not in (1, len(wide)):
             raise ValueError(f'measured has shape {tuple(self.measured.shape)}, but forward makes {tuple(seen.shape)} of samples of shape {tuple(wide.shape)}')
@@ -537,7 +532,7 @@ class SliceCoherent:
         chain[:, 1:] *= math.sqrt(1 - self.correlation**2)
         return torch.tensordot(chain.to(white), white, ([1], [self.axis])).movedim(0, self.axis)
 
-# %% ../nbs/06_samplers.ipynb #edcebad1
+# %% ../nbs/06_samplers.ipynb #2a51c9f6
 def slerp(
     a: Tensor,  # (B, C, ...) at weight 0
     b: Tensor,  # (B, C, ...) at weight 1
@@ -545,16 +540,15 @@ def slerp(
 ) -> Tensor:  # (B, C, ...)
     "Spherical interpolation, each sample by itself; a straight line where the two nearly point the same way (or oppositely)."
     if a.shape != b.shape: raise ValueError(f'slerp wants two tensors of one shape, got {tuple(a.shape)} and {tuple(b.shape)}')
-    wide = torch.promote_types(a.dtype, torch.float32)
-    p, q = a.to(wide).flatten(1), b.to(wide).flatten(1)
-    w = torch.as_tensor(weight, dtype=wide, device=a.device).reshape(-1, 1)
+    p, q = widen(a).flatten(1), widen(b).flatten(1)
+    w = torch.as_tensor(weight).to(p).reshape(-1, 1)
     theta = torch.nn.functional.cosine_similarity(p, q, 1)[:, None].clamp(-1, 1).acos()
     flat = theta.sin() < 1e-4
     sine = torch.where(flat, 1., theta.sin())
     left, right = torch.where(flat, 1 - w, ((1 - w) * theta).sin() / sine), torch.where(flat, w, (w * theta).sin() / sine)
     return (left * p + right * q).view_as(a).to(a.dtype)
 
-# %% ../nbs/06_samplers.ipynb #4214b686
+# %% ../nbs/06_samplers.ipynb #581c097c
 def invert(
     sampler: DDIMSampler,  # with eta = 0
     x0: Tensor,  # (B, C, ...) clean
@@ -566,7 +560,7 @@ def invert(
     if not isinstance(sampler, DDIMSampler) or sampler.eta != 0: raise ValueError('only a DDIMSampler with eta=0 can be inverted')
     if not x0.is_floating_point(): raise ValueError(f'x0 must be a floating-point tensor, got {x0.dtype}')
     if rounds < 1: raise ValueError(f'rounds must be at least 1, got {rounds}')
-    x = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    x = widen(x0)
     run = Run(sampler, sampler.prepared(steps, x), x, cond, x0.dtype)
     with torch.inference_mode():
         for k, step in reversed([*enumerate(run.plan)]):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BETAS', 'SCHEDULES', 'betas_to_alphas_cumprod', 'linear_alphas_cumprod', 'scaled_linear_alphas_cumprod',
            'sigmoid_alphas_cumprod', 'cosine_alphas_cumprod', 'gamma_rebalanced_alphas_cumprod', 'zero_terminal',
-           'flow_levels', 'output_form', 'inverse_form', 'check_times', 'check_pair', 'Tables', 'Schedule',
-           'get_schedule', 'randn']
+           'flow_levels', 'output_form', 'inverse_form', 'widen', 'check_times', 'check_pair', 'check_grid', 'Tables',
+           'Schedule', 'get_schedule', 'randn']
 
 # %% ../nbs/02_schedules.ipynb #284e3d8a
 import math
@@ -115,7 +115,14 @@ def inverse_form(
     det = alpha * q - sigma * p
     return (q / det, -sigma / det), (-p / det, alpha / det)
 
-# %% ../nbs/02_schedules.ipynb #0b5c54af
+# %% ../nbs/02_schedules.ipynb #976bcfd4
+def widen(
+    x: Tensor,  # any shape and floating-point type
+) -> Tensor:
+    "`x` in float32; as it is where it is wider already."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+# %% ../nbs/02_schedules.ipynb #2b888599
 def check_times(
     t: Tensor,  # (B,) whole indices
     num_timesteps: int,  # length T of the tables
@@ -139,6 +146,17 @@ def check_pair(
     if a.shape != b.shape: raise ValueError(f'{what} has shape {tuple(b.shape)}, but belongs to an image of shape {tuple(a.shape)}')
     if not (a.is_floating_point() and b.is_floating_point()):
         raise ValueError(f'image and {what} must be floating-point tensors, got {a.dtype} and {b.dtype}')
+
+
+def check_grid(
+    x: Tensor,  # (B or 1, C or 1, ...) a mask, a known image
+    like: Tensor,  # (B, C, ...) latents
+    what: str,  # name of `x`, for the message
+):
+    "ValueError unless `x` lies on the grid of `like`, with one or all of its samples and channels."
+    if x.ndim != like.ndim or x.shape[2:] != like.shape[2:] or any(n not in (1, m) for n, m in zip(x.shape, like.shape[:2])):
+        raise ValueError(f'{what} of shape {tuple(x.shape)} does not fit latents of shape {tuple(like.shape)}: '
+                         'one or all samples, one or all channels and the same grid are wanted')
 
 # %% ../nbs/02_schedules.ipynb #ec2b0a92
 class Tables:
