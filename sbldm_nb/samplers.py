@@ -532,7 +532,7 @@ class SliceCoherent:
         chain[:, 1:] *= math.sqrt(1 - self.correlation**2)
         return torch.tensordot(chain.to(white), white, ([1], [self.axis])).movedim(0, self.axis)
 
-# %% ../nbs/06_samplers.ipynb #2a51c9f6
+# %% ../nbs/06_samplers.ipynb #d11763df
 def slerp(
     a: Tensor,  # (B, C, ...) at weight 0
     b: Tensor,  # (B, C, ...) at weight 1
@@ -541,7 +541,7 @@ def slerp(
     "Spherical interpolation, each sample by itself; a straight line where the two nearly point the same way (or oppositely)."
     if a.shape != b.shape: raise ValueError(f'slerp wants two tensors of one shape, got {tuple(a.shape)} and {tuple(b.shape)}')
     p, q = widen(a).flatten(1), widen(b).flatten(1)
-    w = torch.as_tensor(weight).to(p).reshape(-1, 1)
+    w = torch.as_tensor(weight, dtype=p.dtype, device=p.device).reshape(-1, 1)
     theta = torch.nn.functional.cosine_similarity(p, q, 1)[:, None].clamp(-1, 1).acos()
     flat = theta.sin() < 1e-4
     sine = torch.where(flat, 1., theta.sin())
