@@ -17,7 +17,7 @@ def test_sinusoidal_equals_diffusers_and_monai():
 @pytest.mark.parametrize('width', [16, 24])
 def test_resblock_equals_diffusers(width):
     resnet = pytest.importorskip('diffusers.models.resnet')
-    theirs = resnet.ResnetBlock2D(in_channels=16, out_channels=width, temb_channels=32, groups=8, eps=1e-5, time_embedding_norm='scale_shift')
+    theirs = resnet.ResnetBlock2D(in_channels=16, out_channels=width, temb_channels=32, groups=8, eps=1e-6, time_embedding_norm='scale_shift')
     ours = ResBlock(2, 16, width, 32)
     names = dict(norm1='norm1', conv1='conv1', norm2='norm2', conv2='conv2', time_emb_proj='emb', conv_shortcut='skip')
     state = {f'{names[k.rpartition(".")[0]]}.{k.rpartition(".")[2]}': v for k, v in theirs.state_dict().items()}
@@ -28,7 +28,7 @@ def test_resblock_equals_diffusers(width):
 
 def test_attention_equals_diffusers():
     attention = pytest.importorskip('diffusers.models.attention_processor')
-    theirs = attention.Attention(32, heads=4, dim_head=8, norm_num_groups=8, eps=1e-5, bias=True, residual_connection=True)
+    theirs = attention.Attention(32, heads=4, dim_head=8, norm_num_groups=8, eps=1e-6, bias=True, residual_connection=True)
     ours, flat = SelfAttention(2, 32, 4), theirs.state_dict()
     stack = lambda kind: torch.cat([flat[f'to_{n}.{kind}'] for n in 'qkv'])
     ours.load_state_dict({'norm.weight': flat['group_norm.weight'], 'norm.bias': flat['group_norm.bias'],
