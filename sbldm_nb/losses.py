@@ -429,7 +429,7 @@ class EQRegulariser:
         decoded = decode(change(z, size).to(z.dtype))  # the decoder may work in half precision, the criterion not
         return self.criterion(widen(decoded), change(x, [n * f for n, f in zip(size, factor)]))
 
-# %% ../nbs/03_losses.ipynb #eac8497b
+# %% ../nbs/03_losses.ipynb #a78b7ccc
 class VAELoss:
     "Weighted sum of absolute error, squared error, structure and KL."
     def __init__(
@@ -448,6 +448,7 @@ class VAELoss:
         reconstruction: Tensor,  # (B, C, ...) in [-1, 1]
         x: Tensor,  # (B, C, ...) the input
         gaussian,  # the encoder's output, with .mean and .logvar
+        kl_share: float = 1.,  # share of the KL's weight that counts, below 1 while it warms up
     ) -> dict:  # 'loss' with its gradient; 'l1', 'l2', 'ssim', 'kl' unweighted and detached
         "The weighted sum under 'loss' and beside it the bare terms; a term of weight 0 is absent."
         if reconstruction.shape != x.shape:
@@ -456,5 +457,6 @@ class VAELoss:
         terms = dict(l1=lambda: difference.abs().mean(), l2=lambda: difference.square().mean(),
                      ssim=lambda: structural_loss(reconstruction, x), kl=lambda: kl_divergence(gaussian))
         values = {k: terms[k]() for k, w in self.weights.items() if w}
-        total = sum(self.weights[k] * v for k, v in values.items())
+        weights = self.weights | dict(kl=self.weights['kl'] * kl_share)
+        total = sum(weights[k] * v for k, v in values.items())
         return dict(loss=total, **{k: v.detach() for k, v in values.items()})

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['warmup_cosine', 'frozen_copy', 'moving_tensors', 'EMA', 'seed_of', 'best_precision', 'make_accelerator', 'LossModule',
-           'TrainingState', 'pack', 'unpack', 'sync', 'write_json', 'save_checkpoint', 'read_state', 'checkpoints',
-           'load_checkpoint', 'RunLog', 'check_same_run', 'steps_in_budget', 'say', 'clock_text', 'subjects_of',
-           'describe', 'check_length', 'RunFolder', 'Trainer', 'validate', 'batches_from', 'plan_steps', 'open_run',
-           'after_step', 'save', 'Progress', 'fit', 'VAETraining']
+           'groups_of', 'clip_groups', 'TrainingState', 'pack', 'unpack', 'sync', 'write_json', 'save_checkpoint',
+           'read_state', 'checkpoints', 'load_checkpoint', 'RunLog', 'check_same_run', 'steps_in_budget', 'say',
+           'clock_text', 'subjects_of', 'describe', 'check_length', 'RunFolder', 'Trainer', 'validate', 'batches_from',
+           'plan_steps', 'open_run', 'after_step', 'save', 'Progress', 'fit', 'VAETraining']
 
-# %% ../nbs/06b_training.ipynb #180998f7
+# %% ../nbs/06b_training.ipynb #83d4ad79
 import copy
 import hashlib
 import itertools
@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,10 @@ from accelerate.utils import DataLoaderConfiguration
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.data import DataLoader
+
+from .losses import discriminator_loss, generator_loss
 
 # %% ../nbs/06b_training.ipynb #4aa447d4
 def warmup_cosine(
@@ -42,15 +46,18 @@ def warmup_cosine(
     warmup = max(1, min(warmup, total // 5))
     return min(1., (step + 1) / warmup) * (.01 + .99 * .5 * (1 + math.cos(math.pi * step / total)))
 
-# %% ../nbs/06b_training.ipynb #b2f09b12
+# %% ../nbs/06b_training.ipynb #f9ffd984
 def frozen_copy(
     module: nn.Module,
     like: nn.Module | None = None,  # whose `requires_grad` counts; None: the module's own
 ) -> nn.Module:  # in eval mode, without gradients
-    "A copy for inference; parameters that do not train are shared with the original."
+    "A copy for inference; parameters that do not train are shared with the original, what its `training_only` names is left out."
     trained = {n for n, p in (like or module).named_parameters() if p.requires_grad}
     shared = {id(p): p for n, p in module.named_parameters() if n not in trained}
-    return copy.deepcopy(module, shared).eval().requires_grad_(False)
+    copied = copy.deepcopy(module, shared)
+    for name in getattr(module, 'training_only', ()):
+        setattr(copied, name, None)
+    return copied.eval().requires_grad_(False)
 
 # %% ../nbs/06b_training.ipynb #e09d149a
 def moving_tensors(
@@ -62,7 +69,7 @@ def moving_tensors(
     parameters = {n: p.detach() for n, p in module.named_parameters() if n in trained}
     return parameters | {n: b.detach() for n, b in module.named_buffers()}
 
-# %% ../nbs/06b_training.ipynb #1fde3f12
+# %% ../nbs/06b_training.ipynb #ab46ba00
 class EMA:
     "Exponential moving average of a module's weights; `module` is the averaged model."
     def __init__(
@@ -74,9 +81,9 @@ class EMA:
             raise ValueError(f'EMA wants a decay of at least 0 and below 1, got {decay}')
         self.decay, self.updates, self.module = decay, 0, frozen_copy(model)
         source, target = moving_tensors(model), moving_tensors(self.module, model)
-        floating = [n for n in source if source[n].is_floating_point()]
+        floating = [n for n in target if target[n].is_floating_point()]
         self.source, self.target = [source[n] for n in floating], [target[n] for n in floating]
-        self.counters = [(source[n], target[n]) for n in source if n not in floating]
+        self.counters = [(source[n], target[n]) for n in target if n not in floating]
 
     def rate(self) -> float:
         "The decay of the next update: min(decay, (1 + k) / (10 + k))."
@@ -125,18 +132,42 @@ def make_accelerator(
         raise ValueError(f'training runs in one process, and {accelerator.num_processes} were started')
     return accelerator
 
-# %% ../nbs/06b_training.ipynb #b28975c2
+# %% ../nbs/06b_training.ipynb #7c03ceb0
 class LossModule(nn.Module):
     "Makes `forward` of `module.loss`, because Accelerate wraps `forward`."
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, batch, generator) -> Tensor:
+    def forward(self, batch, generator) -> tuple:  # the loss; its terms by name
         loss = self.module.loss(batch, generator)
-        return loss['loss'] if isinstance(loss, dict) else loss
+        terms = dict(loss) if isinstance(loss, dict) else dict(loss=loss)
+        return terms.pop('loss'), terms
 
-# %% ../nbs/06b_training.ipynb #9b015477
+# %% ../nbs/06b_training.ipynb #c737ffeb
+def groups_of(
+    module: nn.Module,
+    weights: dict,  # name -> parameter, all that train
+) -> list:  # of dictionaries with 'params', as torch's optimizers take them
+    "The module's own `parameter_groups()`, or one group of all; ValueError where nothing trains, or naming what is in no group or in several."
+    if not weights:
+        raise ValueError('the module has no parameter to train: every requires_grad is False')
+    groups = module.parameter_groups() if hasattr(module, 'parameter_groups') else [dict(params=list(weights.values()))]
+    times = Counter(id(p) for group in groups for p in group['params'])
+    for name, p in weights.items():
+        if times[id(p)] != 1:
+            raise ValueError(f'parameter_groups() of {type(module).__name__} names {name} {times[id(p)]} times where every parameter that trains is wanted once')
+    return groups
+
+def clip_groups(
+    optimizer,  # its gradients are changed in place
+    largest: float,  # norm of the gradient of a group
+):
+    "Scale the gradient of every group apart to a norm of at most `largest`."
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group['params'], largest)
+
+# %% ../nbs/06b_training.ipynb #09d29cf0
 class TrainingState:
     "All that a training step changes: weights, optimizer, average, early snapshot, scale of the loss."
     def __init__(
@@ -145,14 +176,12 @@ class TrainingState:
         accelerator: Accelerator,
         betas: tuple = (.9, .99),  # of AdamW
         weight_decay: float = 1e-2,  # of AdamW
-        clip: float = 1.,  # largest norm of the gradient
+        clip: float = 1.,  # largest norm of the gradient of a group
         ema: float = .998,  # decay of the average
     ):
         self.module, self.accelerator, self.clip, self.snapshot = module.to(accelerator.device), accelerator, clip, None
         self.weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        if not self.weights:
-            raise ValueError('the module has no parameter to train: every requires_grad is False')
-        adamw = torch.optim.AdamW(list(self.weights.values()), betas=betas, weight_decay=weight_decay, fused=True)
+        adamw = torch.optim.AdamW(groups_of(module, self.weights), betas=betas, weight_decay=weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(LossModule(module), adamw)
         self.ema, self.generator = EMA(module, ema), torch.Generator(accelerator.device)
 
@@ -161,18 +190,22 @@ class TrainingState:
         batch,
         seed: tuple,  # names the random numbers of this step, for example (seed of the run, number of the step)
         lr: float,  # learning rate
+        epoch: float = 0.,  # how many have passed, for a module that asks
     ) -> float:  # the loss; where it is not finite, nothing was changed
-        "One step of training."
+        "One step of training; `terms` then holds what the loss is made of."
         torch.manual_seed(seed_of(*seed, 'dropout'))
         self.generator.manual_seed(seed_of(*seed, 'noise'))
+        if hasattr(self.module, 'set_epoch'):
+            self.module.set_epoch(epoch)
         for group in self.optimizer.param_groups:
-            group['lr'] = lr
-        loss = self.model(batch, self.generator)
+            group['lr'] = lr * group.get('lr_scale', 1.)
+        loss, self.terms = self.model(batch, self.generator)
         value = loss.item()
         if math.isfinite(value):
             self.optimizer.zero_grad()
             self.accelerator.backward(loss)
-            self.accelerator.clip_grad_norm_(self.weights.values(), self.clip)
+            self.accelerator.unscale_gradients()  # once: fp16's scaler refuses to do it for every group
+            clip_groups(self.optimizer, self.clip)
             self.optimizer.step()
             self.ema.update()
         return value
@@ -441,7 +474,7 @@ class RunFolder:
             if path not in keep:
                 shutil.rmtree(path, ignore_errors=True)
 
-# %% ../nbs/06b_training.ipynb #b325024e
+# %% ../nbs/06b_training.ipynb #387113c6
 class Trainer:
     "Trains any module that has loss(batch, generator); resumable, and the same bits however often it was stopped."
     def __init__(
@@ -457,7 +490,7 @@ class Trainer:
         betas: tuple = (.9, .99),  # of AdamW
         weight_decay: float = 1e-2,  # of AdamW
         warmup: int = 50,  # steps
-        clip: float = 1.,  # largest norm of the gradient
+        clip: float = 1.,  # largest norm of the gradient of a group
         ema: float = .998,  # decay of the average
         precision: str = 'auto',  # 'auto' | 'fp32' | 'bf16' | 'fp16'
         snapshot_at: float | None = None,  # share of the run after which a copy of the average is kept
@@ -516,7 +549,7 @@ def batches_from(
         loader.dataset.set_epoch(epoch)
     return iter(loader)
 
-# %% ../nbs/06b_training.ipynb #351ac823
+# %% ../nbs/06b_training.ipynb #812637d8
 def plan_steps(
     trainer: Trainer,
 ) -> int:  # number of steps of the whole run
@@ -530,7 +563,7 @@ def plan_steps(
     scale = scaler.state_dict() if scaler is not None else None
     batches = (b for _ in itertools.count() for b in batches_from(trainer, 0))
     clock = time.perf_counter if trainer.accelerator.device.type != 'cpu' else time.process_time
-    steps, cost = steps_in_budget(trainer.settings.budget, lambda: state.step(next(batches), (trainer.settings.seed, 'rehearsal'), 0.),
+    steps, cost = steps_in_budget(trainer.settings.budget, lambda: state.step(next(batches), (trainer.settings.seed, 'rehearsal'), 0., math.inf),
                                   lambda: validate(trainer), len(trainer.train_dl), clock)
     state.optimizer.state.clear()
     state.ema.updates = 0
@@ -563,7 +596,7 @@ def open_run(
     folder.begin(trainer.total_steps)
     folder.log.rewind(trainer.step)
 
-# %% ../nbs/06b_training.ipynb #a85d7418
+# %% ../nbs/06b_training.ipynb #bb9fc4a3
 def after_step(
     trainer: Trainer,
     loss: float,
@@ -572,7 +605,8 @@ def after_step(
     step, total = trainer.step, trainer.total_steps
     trainer.pending.append(loss)
     if step % 10 == 0 or step == total:
-        trainer.folder.log.append(step=step, epoch=step / len(trainer.train_dl), loss=sum(trainer.pending) / len(trainer.pending))
+        terms = {name: float(term) for name, term in trainer.state.terms.items()}
+        trainer.folder.log.append(step=step, epoch=step / len(trainer.train_dl), loss=sum(trainer.pending) / len(trainer.pending), **terms)
         trainer.pending = []
     if trainer.settings.snapshot_at is not None and step == max(1, round(trainer.settings.snapshot_at * total)):
         trainer.state.snapshot = frozen_copy(trainer.ema, trainer.state.module)
@@ -612,7 +646,7 @@ class Progress:
             self.trainer.log(self.line())
             self.last = time.monotonic()
 
-# %% ../nbs/06b_training.ipynb #189632c5
+# %% ../nbs/06b_training.ipynb #3a1a2c23
 def fit(
     trainer: Trainer,
     resume='auto',  # 'auto': go on if the folder holds a run; False: begin again; or the folder of a checkpoint
@@ -626,7 +660,8 @@ def fit(
     state.module.train()
     while trainer.step < trainer.total_steps:
         for batch in batches_from(trainer, trainer.step):
-            loss = state.step(batch, (trainer.settings.seed, trainer.step), trainer.settings.lr * warmup_cosine(trainer.step, trainer.total_steps, trainer.settings.warmup))
+            lr = trainer.settings.lr * warmup_cosine(trainer.step, trainer.total_steps, trainer.settings.warmup)
+            loss = state.step(batch, (trainer.settings.seed, trainer.step), lr, trainer.step / len(trainer.train_dl))
             if not math.isfinite(loss):
                 raise FloatingPointError(f'the loss is {loss} at step {trainer.step} in epoch {trainer.step // len(trainer.train_dl)}, in a batch of the '
                                          f'subjects {subjects_of(batch, trainer.train_dl.dataset)} (sha256 of their names)')
@@ -642,23 +677,64 @@ def fit(
     state.module.eval()
     return trainer.ema
 
-# %% ../nbs/06b_training.ipynb #36d27293
+# %% ../nbs/06b_training.ipynb #ad60300e
 class VAETraining(nn.Module):
-    "An autoencoder with its loss, ready for the trainer."
+    "An autoencoder with its loss, ready for the trainer: KL warm-up, perceptual term, and a critic of patches that joins late (arXiv 2112.10752, appendix G)."
+    training_only = ('discriminator',)
+
     def __init__(
         self,
         vae: nn.Module,  # (x, generator) -> (reconstruction, Gaussian)
-        loss: Callable,  # (reconstruction, x, Gaussian) -> dict with 'loss'
+        loss: Callable,  # (reconstruction, x, Gaussian) -> dict with 'loss'; with a warm-up also kl_share, as VAELoss takes it
+        perceptual: nn.Module | None = None,  # (reconstruction, x) -> scalar, such as PerceptualLoss; is frozen
+        perceptual_weight: float = .1,
+        discriminator: nn.Module | None = None,  # images -> logits, such as PatchDiscriminator
+        adversarial_weight: float = .05,  # of the autoencoder's wish to be taken for real
+        adversarial_from: float = 0.,  # epochs before the discriminator joins
+        discriminator_lr: float = 1.,  # its learning rate, as a factor of the autoencoder's
+        kl_warmup: float = 0.,  # epochs over which the KL's weight rises from 0
     ):
         super().__init__()
-        self.vae, self.objective = vae, loss
-        self.config = dict(vae=getattr(vae, 'config', {}), loss=getattr(loss, 'weights', {}))
+        self.vae, self.objective, self.discriminator = vae, loss, discriminator
+        self.perceptual = None if perceptual is None else perceptual.requires_grad_(False)
+        self.weights = dict(perceptual=perceptual_weight, generator=adversarial_weight, discriminator=1.)
+        self.adversarial_from, self.discriminator_lr, self.kl_warmup, self.epoch = adversarial_from, discriminator_lr, kl_warmup, 0.
+        self.config = dict(vae=getattr(vae, 'config', {}), loss=getattr(loss, 'weights', {}), terms=self.weights, judges=seed_of(perceptual, discriminator),
+                           adversarial_from=adversarial_from, discriminator_lr=discriminator_lr, kl_warmup=kl_warmup)
+
+    def set_epoch(self, epoch: float):
+        "Say how many epochs have passed."
+        self.epoch = epoch
+
+    def parameter_groups(self) -> list:
+        "The autoencoder's weights, and apart from them the discriminator's, with the short memory that a moving opponent asks for."
+        rest, critic = [], []
+        for name, p in self.named_parameters():
+            if p.requires_grad: (critic if name.startswith('discriminator.') else rest).append(p)
+        groups = [dict(params=rest), dict(params=critic, lr_scale=self.discriminator_lr, betas=(.5, .9))]
+        return [group for group in groups if group['params']]
+
+    def contest(self, reconstruction: Tensor, x: Tensor) -> dict:
+        "Generator's term, without gradient for the discriminator; discriminator's term, without gradient for the reconstruction."
+        frozen = {n: p.detach() for n, p in self.discriminator.named_parameters()}
+        taken = functional_call(self.discriminator, frozen, (reconstruction,))
+        real, fake = self.discriminator(torch.cat([x, reconstruction.detach()])).chunk(2)
+        return dict(generator=generator_loss(taken), discriminator=discriminator_loss(real, fake))
 
     def loss(
         self,
         batch: dict,  # 'image' (B, C, ...) in [-1, 1]
         generator: torch.Generator | None = None,  # of the latent noise
-    ) -> dict:  # 'loss' and its terms
-        "The loss of a batch of images."
-        reconstruction, gaussian = self.vae(batch['image'], generator)
-        return self.objective(reconstruction, batch['image'], gaussian)
+    ) -> dict:  # 'loss' and its terms, these unweighted and detached
+        "The loss of a batch of images; in evaluation mode with the full KL and without the discriminator."
+        x = batch['image']
+        reconstruction, gaussian = self.vae(x, generator)
+        warming = dict(kl_share=self.epoch / self.kl_warmup) if self.training and self.epoch < self.kl_warmup else {}
+        parts = self.objective(reconstruction, x, gaussian, **warming)
+        more = {} if self.perceptual is None else dict(perceptual=self.perceptual(reconstruction, x))
+        if self.training and self.discriminator is not None and self.epoch >= self.adversarial_from:
+            more |= self.contest(reconstruction, x)
+        elif self.training and self.discriminator is not None and self.epoch == 0:
+            with torch.no_grad(): self.discriminator(x[:1])  # an image too small for a patch should be known now, not when the critic joins
+        total = parts['loss'] + sum(self.weights[k] * v for k, v in more.items())
+        return dict(parts, loss=total, **{k: v.detach() for k, v in more.items()})

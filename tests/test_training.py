@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 import sbldm_nb.training as training
 from sbldm_nb.data import SliceDataset, loaders
 from sbldm_nb.ldm import LatentDiffusion, SlicePosition
+from sbldm_nb.losses import PatchDiscriminator, PerceptualLoss, VAELoss
 from sbldm_nb.schedules import get_schedule
-from sbldm_nb.training import EMA, RunLog, Trainer, checkpoints, load_checkpoint, sync
+from sbldm_nb.training import EMA, RunLog, Trainer, VAETraining, checkpoints, load_checkpoint, sync
 from sbldm_nb.unet3d import UNet
 from sbldm_nb.vae import AutoencoderKL, LatentCache, LatentSpace
 
@@ -59,6 +60,17 @@ def make_trainer(folder, seed=0, model=None, **changes):
     train, valid = LatentCache(model.latent, slices()), LatentCache(model.latent, slices(8, 1), flips=False)
     settings = dict(max_steps=steps, precision='bf16', snapshot_at=.3, checkpoint_every=7, ema=.9, log=None)
     return Trainer(model, *loaders(train, valid, batch_size=4), folder, **{**settings, **changes})
+
+
+def make_adversarial(folder, seed=0, critic=True, **changes):
+    "A trainer of the autoencoder's whole recipe, ten steps an epoch: the KL warms up for two epochs, the critic joins in step 15."
+    torch.manual_seed(1)
+    judge = PerceptualLoss(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()))
+    torch.manual_seed(seed)
+    vae, discriminator = AutoencoderKL(2, latent_channels=4, channels=(8, 8)), PatchDiscriminator(channels=8, layers=1)
+    module = VAETraining(vae, VAELoss(), judge, discriminator=discriminator if critic else None, adversarial_from=1.5, discriminator_lr=.5, kl_warmup=2.)
+    settings = dict(max_steps=28, precision='fp32', snapshot_at=.5, checkpoint_every=7, ema=.9, log=None)
+    return Trainer(module, *loaders(slices(), slices(8, 1), batch_size=4), folder, **{**settings, **changes})
 
 
 def result(folder, step=steps):
@@ -227,7 +239,30 @@ def scenario_disk(home):
     same_bits(result(folder), wanted)
 
 
-@pytest.mark.parametrize('scenario', ['random', 'saving', 'disk'])
+def scenario_adversarial(home):
+    "Kill an adversarial run in steps 13, 18 and 25: the first two go on before the critic has joined, the third after."
+    assert wait(process(lambda: make_adversarial(home / 'whole').fit())) == 0
+    folder = home / 'killed'
+    for step, last in ((12, 7), (17, 14), (24, 21)):
+        def work():
+            trainer = make_adversarial(folder, seed=0 if step == 12 else step)  # a checkpoint replaces the initial weights, the critic's too
+            original = trainer.state.step
+
+            def killer(*args):
+                if trainer.step == step: die()
+                return original(*args)
+            trainer.state.step = killer
+            trainer.fit()
+        assert wait(process(work)) == -signal.SIGKILL
+        assert checkpoints(folder / 'checkpoints')[-1].name == f'step-{last:08}'
+    assert wait(process(lambda: make_adversarial(folder, seed=99).fit())) == 0
+    groups, _ = result(folder, 28)
+    assert any(name.startswith('discriminator') for name in groups['optimizer']) and any(name.startswith('discriminator') for name in groups['model'])
+    assert not any(name.startswith('discriminator') for group in ('ema', 'snapshot') for name in groups[group])
+    same_bits(result(folder, 28), result(home / 'whole', 28))
+
+
+@pytest.mark.parametrize('scenario', ['random', 'saving', 'disk', 'adversarial'])
 def test_survives(scenario, tmp_path):
     run = subprocess.run([sys.executable, __file__, scenario, str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
@@ -269,6 +304,50 @@ def test_another_autoencoder_is_refused(tmp_path):
     with torch.no_grad(): next(model.latent.vae.parameters()).add_(1)
     with pytest.raises(ValueError, match='frozen = .* where .* is asked for now'):
         make_trainer(tmp_path / 'run', model=model, max_steps=3).fit()
+
+
+def test_a_critic_that_has_not_joined_is_not_there(tmp_path):
+    for name in ('with', 'without'):
+        make_adversarial(tmp_path / name, critic=name == 'with', checkpoint_every=14).fit()
+    (a, _), (b, _) = [load_checkpoint(tmp_path / name / 'checkpoints' / 'step-00000014') for name in ('with', 'without')]
+    for group in ('model', 'ema', 'optimizer', 'snapshot'):
+        left = {n: t for n, t in a[group].items() if not n.startswith('discriminator')}
+        assert left.keys() == b[group].keys() and all(torch.equal(t, b[group][n]) for n, t in left.items())
+    torch.manual_seed(0)
+    AutoencoderKL(2, latent_channels=4, channels=(8, 8))
+    critic = PatchDiscriminator(channels=8, layers=1).state_dict()
+    assert all(torch.equal(t, a['model'][f'discriminator.{n}']) for n, t in critic.items())
+    assert not any(n.startswith('discriminator') for n in a['optimizer'])
+    (a, _), (b, _) = [load_checkpoint(tmp_path / name / 'checkpoints' / 'step-00000028') for name in ('with', 'without')]
+    assert not any(torch.equal(t, a['model'][f'discriminator.{n}']) for n, t in critic.items())
+    assert any(not torch.equal(t, a['ema'][n]) for n, t in b['ema'].items())
+
+
+def test_a_rehearsal_plays_the_critic_and_leaves_nothing_of_it(tmp_path):
+    trainer, played = make_adversarial(tmp_path / 'run', max_steps=None, budget=2.), []
+    module, original = trainer.state.module, trainer.state.module.contest
+    module.contest = lambda *args: played.append(module.epoch) or original(*args)
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    training.plan_steps(trainer)
+    assert played == [float('inf')] * 25 and not trainer.state.optimizer.state
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+    trainer.state.step(next(training.batches_from(trainer, 0)), (0, 0), 1e-3, 0.)
+    moved = {n.split('.')[0] for n, t in module.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved == {'vae'}
+
+
+def test_the_log_holds_the_terms_and_the_validation_compares(tmp_path):
+    trainer = make_adversarial(tmp_path / 'run')
+    trainer.fit()
+    steps, valid = [[r for r in trainer.history if key in r] for key in ('loss', 'valid_loss')]
+    assert ['discriminator' in r for r in steps] == [False, True, True] and all({'l1', 'kl', 'perceptual'} <= r.keys() for r in steps)
+    module, batches = trainer.ema, list(trainer.valid_dl)
+    wanted = 0
+    for i, batch in enumerate(batches):
+        x, noise = batch['image'], torch.Generator().manual_seed(training.seed_of(0, 'validation', i))
+        reconstruction, gaussian = module.vae(x, noise)
+        wanted += (VAELoss()(reconstruction, x, gaussian)['loss'] + .1 * module.perceptual(reconstruction, x)).item() / len(batches)
+    assert valid[-1]['valid_loss'] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_nan_names_the_subjects_but_not_by_name(tmp_path):
