@@ -38,14 +38,15 @@ class PatchEmbed(nn.Module):
         x = self.fold(pad_to_multiple(x, self.patch_size, mode='constant')[0])
         return self.project(x.flatten(2).transpose(1, 2)), tuple(x.shape[2:])
 
-# %% ../nbs/05_dit3d.ipynb #0c0b12e3
+# %% ../nbs/05_dit3d.ipynb #a40a5ef1
 def grid_positions(
     grid: tuple,  # number of tokens along each axis
     width: int,   # of a token
+    device: torch.device = None,
 ) -> Tensor:      # (N, width) float32, the last axis running fastest
     "Sines and cosines of a token's index along each axis, side by side; channels that remain are zero."
     part = width // len(grid) // 2 * 2
-    index = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing='ij'), -1)
+    index = torch.stack(torch.meshgrid(*[torch.arange(n, device=device) for n in grid], indexing='ij'), -1)
     code = sinusoidal(index, part).flatten(-2).flatten(0, -2)
     return F.pad(code, (0, width - code.shape[-1]))
 
@@ -161,7 +162,7 @@ class Unpatch(nn.Module):
         x = self.project(modulate(self.norm(x), shift, scale))
         return crop_to(self.unfold(x.transpose(1, 2).unflatten(-1, grid)), size)
 
-# %% ../nbs/05_dit3d.ipynb #48c3bc21
+# %% ../nbs/05_dit3d.ipynb #6a2a53a5
 class DiT3D(nn.Module):
     "Diffusion transformer with adaLN-zero and windowed attention over 3D latents (Peebles and Xie 2022, arXiv 2212.09748)."
     def __init__(
@@ -203,7 +204,7 @@ class DiT3D(nn.Module):
             raise ValueError(f'DiT3D got latents of shape {tuple(x.shape)} where {channels} channels and a size of at most {self.input_size} are wanted')
         emb = F.silu(self.cond(self.time(t), cond))
         h, grid = self.embed(append_condition(x, cond, self.config['cond_channels']))
-        h = h + grid_positions(grid, h.shape[-1]).to(h)
+        h = h + grid_positions(grid, h.shape[-1], h.device)  # float32, and so are the sums along the skips under autocast
         windows = [cut_windows(grid, self.window_size or grid, shifted, h.device) for shifted in (False, True)]
         for i, block in enumerate(self.blocks):
             h = recompute(self.checkpointing, block, h, emb, windows[i % 2])

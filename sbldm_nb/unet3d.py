@@ -111,18 +111,18 @@ class UShape(nn.Module):
             h = stage(torch.cat([crop_to(h, skip.shape[2:]), skip], 1), *how)
         return h
 
-# %% ../nbs/04_unet3d.ipynb #e2cdf084
+# %% ../nbs/04_unet3d.ipynb #e6dc6a1a
 def per_level(
     channels: tuple,   # width of each level
     attention: tuple,  # self-attention on that level?
     res_blocks,        # residual blocks on that level, or one number for all
-    strides: tuple,    # of each step between levels; None: 2
+    strides,           # of each step between levels, or one number for all; None: 2
     dims: int,         # number of spatial axes
 ) -> dict:             # the four as lists, a number for each level, axis and step
     "The levels of a UNet written out; ValueError where their numbers disagree."
     n = len(channels)
-    res_blocks = list(res_blocks) if hasattr(res_blocks, '__len__') else [res_blocks] * n
-    strides = [2] * (n - 1) if strides is None else strides
+    def each(value, count): return list(value) if hasattr(value, '__len__') else [value] * count
+    res_blocks, strides = each(res_blocks, n), each(2 if strides is None else strides, n - 1)
     for name, have, want in (('attention flags', attention, n), ('numbers of residual blocks', res_blocks, n), ('strides', strides, n - 1)):
         if len(have) != want:
             raise ValueError(f'UNet got {n} channels and {len(have)} {name} where {want} are wanted')
@@ -143,7 +143,7 @@ def check_latent(
     if any(n < k for n, k in zip(size, least)):
         raise ValueError(f'latents of {size} voxels are too small for a UNet that shrinks them {tuple(least)}-fold: one voxel is wanted on the coarsest grid')
 
-# %% ../nbs/04_unet3d.ipynb #a0553662
+# %% ../nbs/04_unet3d.ipynb #6d4b046d
 class UNet(nn.Module):
     "Predicts noise, image or velocity from a noisy latent, the time and a condition; takes any size."
     def __init__(
@@ -158,7 +158,7 @@ class UNet(nn.Module):
         vector_dim: int = 0,                      # length of the condition's `vector`
         res_blocks: int = 1,                      # residual blocks a direction: one number, or one for each level
         coords: int = 0,                          # octaves in which each voxel is told its place; 0: not told
-        strides: tuple = None,                    # of each step between levels: a number, or one for each axis; None: 2
+        strides: tuple = None,                    # of each step between levels: a number, or one for each axis; one number for all; None: 2
         heads: int = None,                        # of the attention; None: about one for each 32 channels
         groups: int = 8,                          # of the norms
         dropout: float = 0.,                      # in the residual blocks
