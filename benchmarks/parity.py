@@ -1,10 +1,10 @@
-"""Quality beside MONAI at equal parameters: `python benchmarks/parity.py TASK [seconds] [seeds]`, TASK one of vae2d, vae3d, unet3d; `tune TASK` tries learning rates.
+"""Quality beside MONAI at equal parameters: `python benchmarks/parity.py TASK [seconds] [seeds]`, TASK one of vae2d, vae2d_small, vae3d, unet3d; `tune TASK` tries learning rates.
 
 Each pair of networks sees the same batches in the same order, has the same loss, optimiser, warm-up and average (EMA .99), and is trained for the same CPU seconds (evaluation not counted).
 The curve of the average on held-out people is written down at fixed steps, so one run answers both questions: who is better after equally many steps, who after equal time.
 
 - Data: 112 simulated people at 3 mm, (64, 64, 64) voxels; 96 to learn from, 16 held out. 2D: 12 axial slices of each. 3D: random patches of 32 voxels a side.
-- Autoencoders: L1 + 1e-4 KL, 4 latent channels, 4x smaller. Scored by PSNR of the reconstruction from the mean (range 2), averaged over people; 3D on one fixed patch of each person, and at the end on 8 whole volumes.
+- Autoencoders: L1 + 1e-4 KL, 4 latent channels, 4x smaller; `vae2d_small` is a network of a tenth of the size, so that both sides make many steps. Scored by PSNR of the reconstruction from the mean (range 2), averaged over people; 3D on one fixed patch of each person, and at the end on 8 whole volumes.
 - Denoisers: latents (4, 16, 16, 16) of one autoencoder for both, flow matching with logit-normal times. Scored by the loss on held-out people with fixed times and noise.
 
 Learning rates were chosen for each network by `tune`. One thread, bfloat16 autocast where the CPU has it. Results go to benchmarks/results/parity_TASK.json after every run; runs that are there are not repeated.
@@ -146,12 +146,13 @@ class DenoiserTask:
     def final(self, net: nn.Module) -> dict: return {}
 
 
-TASKS = dict(vae2d=lambda: VAETask(2), vae3d=lambda: VAETask(3), unet3d=DenoiserTask)
+TASKS = dict(vae2d=lambda: VAETask(2), vae2d_small=lambda: VAETask(2), vae3d=lambda: VAETask(3), unet3d=DenoiserTask)
 NETWORKS = dict(
     vae2d=dict(ours=lambda: AutoencoderKL(2, 1, 4, (40, 80), res_blocks=2), monai=lambda: MonaiVAE(2, (32, 64, 64), 2)),
+    vae2d_small=dict(ours=lambda: AutoencoderKL(2, 1, 4, (16, 32), res_blocks=2), monai=lambda: MonaiVAE(2, (16, 32, 32), 1, 16)),
     vae3d=dict(ours=lambda: AutoencoderKL(3, 1, 4, (32, 56), res_blocks=2), monai=lambda: MonaiVAE(3, (32, 64, 64), 1)),
     unet3d=dict(ours=lambda: UNet(3, 4, channels=(48, 96, 176), res_blocks=2), monai=lambda: MonaiDenoiser((32, 64, 128))))
-RATES = dict(vae2d=dict(ours=1e-3, monai=1e-3), vae3d=dict(ours=1e-3, monai=1e-3), unet3d=dict(ours=1e-3, monai=1e-3))
+RATES = dict(vae2d=dict(ours=1e-3, monai=1e-3), vae2d_small=dict(ours=1e-3, monai=1e-3), vae3d=dict(ours=1e-3, monai=1e-3), unet3d=dict(ours=1e-3, monai=1e-3))
 
 
 def build(task: str, name: str, seed: int) -> nn.Module:

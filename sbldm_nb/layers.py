@@ -28,12 +28,13 @@ def as_tuple(
         raise ValueError(f'{value} was given where {dims} positive whole numbers, one for each spatial axis, are wanted')
     return value
 
-# %% ../nbs/00c_layers.ipynb #66b671f0
+# %% ../nbs/00c_layers.ipynb #9bc3f829
 class Conv3d(nn.Conv3d):
     "`nn.Conv3d` that stays with oneDNN for a single volume on a CPU."
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        alone = len(x) == 1 and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
-        if alone and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled('cpu'):
+        alone = x.ndim == 5 and len(x) == 1 and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
+        free = alone and not torch.compiler.is_compiling()  # a compiler cannot trace this operator, and chooses for itself
+        if free and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled('cpu'):
             return torch.ops.aten.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
         return super()._conv_forward(x, weight, bias)
 
@@ -350,12 +351,14 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.fold(self.conv(x))
 
-# %% ../nbs/00c_layers.ipynb #631044ea
+# %% ../nbs/00c_layers.ipynb #1faf28a4
 def crop_to(
     x: Tensor,  # (B, C, ...)
     size,       # spatial size wanted, at most that of x
 ) -> Tensor:    # (B, C, *size)
-    "Cut the far end of every spatial axis back to `size`."
+    "Cut the far end of every spatial axis back to `size`; ValueError where there is less to cut from."
+    if len(size) != x.ndim - 2 or any(n > m for n, m in zip(size, x.shape[2:])):
+        raise ValueError(f'a grid of size {tuple(x.shape[2:])} cannot be cropped to {tuple(size)}')
     return x[(..., *(slice(n) for n in size))]
 
 

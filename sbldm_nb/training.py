@@ -144,7 +144,7 @@ class LossModule(nn.Module):
         terms = dict(loss) if isinstance(loss, dict) else dict(loss=loss)
         return terms.pop('loss'), terms
 
-# %% ../nbs/06b_training.ipynb #c737ffeb
+# %% ../nbs/06b_training.ipynb #7330a70b
 def groups_of(
     module: nn.Module,
     weights: dict,  # name -> parameter, all that train
@@ -152,7 +152,8 @@ def groups_of(
     "The module's own `parameter_groups()`, or one group of all; ValueError where nothing trains, or naming what is in no group or in several."
     if not weights:
         raise ValueError('the module has no parameter to train: every requires_grad is False')
-    groups = module.parameter_groups() if hasattr(module, 'parameter_groups') else [dict(params=list(weights.values()))]
+    own = module.parameter_groups() if hasattr(module, 'parameter_groups') else [dict(params=weights.values())]
+    groups = [dict(group, params=list(group['params'])) for group in own]
     times = Counter(id(p) for group in groups for p in group['params'])
     for name, p in weights.items():
         if times[id(p)] != 1:

@@ -7,12 +7,13 @@ __all__ = ['AUTOENCODERS', 'Gaussian', 'level_strides', 'level_blocks', 'middle'
            'check_batch', 'AutoencoderKL', 'ChannelStats', 'latent_statistics', 'LatentSpace', 'fingerprint',
            'latent_batches', 'write_table', 'MappedTable', 'LatentCache']
 
-# %% ../nbs/01_vae.ipynb #3dd52316
+# %% ../nbs/01_vae.ipynb #44bfaa0e
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .layers import (ConvNd, DepthToSpace, Downsample, ResBlock, SelfAttention, SpaceToDepth, Upsample, as_tuple,
                              crop_to, group_norm, pad_to_multiple, recompute)
@@ -150,14 +151,14 @@ def without_fp16(
     fp16 = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     return torch.autocast(kind, enabled=False) if fp16 else nullcontext()
 
-# %% ../nbs/01_vae.ipynb #d76b00d2
+# %% ../nbs/01_vae.ipynb #5b0327da
 def check_batch(
     x: Tensor,
     dims: int,      # spatial axes wanted
     channels: int,  # channels wanted
 ):
-    "Raise ValueError unless x is (B, channels, ...) with `dims` spatial axes."
-    if x.ndim != dims + 2 or x.shape[1] != channels:
+    "Raise ValueError unless x is (B, channels, ...) with `dims` spatial axes and something in it."
+    if x.ndim != dims + 2 or x.shape[1] != channels or not x.numel():
         raise ValueError(f'a tensor of shape {tuple(x.shape)} came where (batch, {channels}, {", ".join("XYZ"[:dims])}) is wanted')
 
 # %% ../nbs/01_vae.ipynb #c62ef683
@@ -224,7 +225,7 @@ AUTOENCODERS = dict(
     inpainting=dict(latent_channels=6, channels=(32, 64, 128)),
     dit_mri=dict(latent_channels=4, channels=(64, 128, 128)))  # arguments of `AutoencoderKL`
 
-# %% ../nbs/01_vae.ipynb #7263110a
+# %% ../nbs/01_vae.ipynb #5ede4678
 class ChannelStats:
     "Mean and variance of each channel over a stream of batches, in float64 (Chan, Golub and LeVeque 1979, eq. 2.1)."
     def __init__(self): self.n, self.mean, self.m2 = 0, 0., 0.
@@ -234,6 +235,7 @@ class ChannelStats:
         x: Tensor,  # (B, C, ...)
     ):
         "Take in one batch."
+        if not x.numel(): return
         x = x.detach().transpose(0, 1).flatten(1).double()
         n, mean = x.shape[1], x.mean(1)
         m2, delta, total = (x - mean[:, None]).square().sum(1), mean - self.mean, self.n + n
@@ -244,7 +246,7 @@ class ChannelStats:
     @property
     def var(self): return self.m2 / self.n
 
-# %% ../nbs/01_vae.ipynb #28405548
+# %% ../nbs/01_vae.ipynb #1d4337e2
 def latent_statistics(
     vae: AutoencoderKL,
     batches,            # images (B, C, ...) in [-1, 1], or dicts that hold them as 'image'
@@ -259,9 +261,12 @@ def latent_statistics(
             variances.update(g.logvar.exp())
     if not means.n:
         raise ValueError('the latent statistics were asked of no images where at least one batch is wanted')
-    return means.mean, (means.var + variances.mean).sqrt()
+    std = (means.var + variances.mean).sqrt()
+    if not std.isfinite().all():
+        raise ValueError(f'the latent channels {(~std.isfinite()).nonzero().flatten().tolist()} are not finite numbers: an image is damaged, or the autoencoder has diverged')
+    return means.mean, std
 
-# %% ../nbs/01_vae.ipynb #9cb76e00
+# %% ../nbs/01_vae.ipynb #b4d48dd9
 class LatentSpace(nn.Module):
     "A frozen autoencoder with the statistics that give its latents zero mean and unit deviation in each channel."
     def __init__(
@@ -280,7 +285,13 @@ class LatentSpace(nn.Module):
     @classmethod
     def fit(cls, vae: AutoencoderKL, batches) -> 'LatentSpace':
         "The latent space of `vae` with the `latent_statistics` of `batches`."
-        return cls(vae, *latent_statistics(vae, batches))
+        return cls(vae, *latent_statistics(vae.eval(), batches))
+
+    def train(self, mode: bool = True):
+        "As any module, but the autoencoder stays in eval mode."
+        super().train(mode)
+        self.vae.eval()
+        return self
 
     def normalise(self, z: Tensor) -> Tensor: return (z - self.mean.to(z.device)) / self.std.to(z.device)
     def unnormalise(self, z: Tensor) -> Tensor: return z * self.std.to(z.device) + self.mean.to(z.device)
@@ -306,7 +317,7 @@ def fingerprint(
         h.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/01_vae.ipynb #01407eed
+# %% ../nbs/01_vae.ipynb #e0adf572
 def latent_batches(
     vae: AutoencoderKL,
     dataset,                # items are dicts with an 'image' (C, ...) in [-1, 1] and whatever belongs to it, all of one size
@@ -319,18 +330,20 @@ def latent_batches(
     if not len(dataset):
         raise ValueError('an empty data set was given to encode where at least one image is wanted')
     device, size = next(vae.parameters()).device, None
-    for batch in DataLoader(dataset, batch_size):
+    for items in DataLoader(dataset, batch_size, collate_fn=list, generator=torch.Generator()):  # its own: the global one stays where it is
+        for shape in (tuple(item['image'].shape) for item in items):
+            if shape != (size := size or shape):
+                raise ValueError(f'an image of shape {shape} came after images of shape {size}: a latent cache wants one size')
+        batch = default_collate(items)
         x = batch.pop('image').to(device)
         words = [k for k, v in batch.items() if not isinstance(v, Tensor)]
         if words:
             raise ValueError(f'the items to encode have a {words[0]!r} that is no number: a latent cache holds numbers alone')
-        if x.shape[1:] != (size := size or x.shape[1:]):
-            raise ValueError(f'an image of shape {tuple(x.shape[1:])} came after images of shape {tuple(size)}: a latent cache wants one size')
         with torch.no_grad(): g = [vae.encode(v) for v in ((x, x.flip(2)) if flips else (x,))]
         latents = {k: torch.stack([getattr(v, k) for v in g], 1) for k in ('mean', 'logvar')}
         yield {k: v.cpu().numpy() for k, v in {**latents, **batch}.items()}
 
-# %% ../nbs/01_vae.ipynb #abc618ab
+# %% ../nbs/01_vae.ipynb #f6cde248
 def write_table(
     path,            # folder to be; only a latent cache that is there already is replaced
     batches,         # dicts of arrays with the same names
@@ -338,7 +351,7 @@ def write_table(
     metadata: dict,  # goes into cache.json
 ):
     "Append batch after batch to a folder of .npy files beside its place, then rename it: the folder is whole or is not there."
-    path, shapes = Path(path), {}
+    path, out, kinds, rows = Path(path), {}, {}, Counter()
     if path.exists() and not (path / 'cache.json').is_file():
         raise FileExistsError(f'{path} is there already and is no latent cache, so it is not replaced')
     part, old = (path.with_name(f'.{path.name}.{os.getpid()}.{end}') for end in ('part', 'old'))
@@ -346,14 +359,18 @@ def write_table(
     part.mkdir(parents=True)
     try:
         with ExitStack() as files:
-            out = {}
             for batch in batches:
                 for name, v in batch.items():
+                    kind = str(v.dtype), *v.shape[1:]
                     if name not in out:
-                        out[name], shapes[name] = files.enter_context(open(part / f'{name}.npy', 'wb')), [n, *v.shape[1:]]
+                        out[name], kinds[name] = files.enter_context(open(part / f'{name}.npy', 'wb')), kind
                         header = dict(descr=np.lib.format.dtype_to_descr(v.dtype), fortran_order=False, shape=(n, *v.shape[1:]))
                         np.lib.format.write_array_header_1_0(out[name], header)
+                    if kind != kinds[name]: raise ValueError(f'{name} is {kind} in one batch after {kinds[name]} in those before')
                     out[name].write(np.ascontiguousarray(v))
+                    rows[name] += len(v)
+        if set(rows.values()) != {n}: raise ValueError(f'{n} rows of each entry were promised, and {dict(rows)} came')
+        shapes = {name: [n, *kind[1:]] for name, kind in kinds.items()}
         (part / 'cache.json').write_text(json.dumps({**metadata, 'shapes': shapes}))
         if path.exists(): os.replace(path, old)
         os.replace(part, path)

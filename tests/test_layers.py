@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sbldm_nb.layers import Cond, CondEmbedding, DepthToSpace, ResBlock, SelfAttention, SpaceToDepth, sinusoidal
+from sbldm_nb.layers import Cond, CondEmbedding, Conv3d, DepthToSpace, ResBlock, SelfAttention, SpaceToDepth, sinusoidal
 
 
 def test_sinusoidal_equals_diffusers_and_monai():
@@ -44,6 +44,15 @@ def test_space_to_depth_equals_monai_in_3d():
     assert torch.equal(SpaceToDepth(3, 2)(x), utils.pixelunshuffle(x, 3, 2))
     y = torch.randn(2, 24, 2, 3, 4)
     assert torch.equal(DepthToSpace(3, 2)(y), utils.pixelshuffle(y, 3, 2))
+
+
+def test_a_single_volume_can_be_compiled():
+    "torch.compile cannot trace the operator that `Conv3d` asks for when nothing is compiled."
+    layer, x = Conv3d(2, 8, 3, padding=1), torch.randn(1, 2, 5, 6, 4)
+    y = torch.compile(layer, backend='aot_eager', fullgraph=True)(x)
+    assert_close(y, layer(x), atol=1e-5, rtol=1e-5)
+    y.sum().backward()
+    assert layer.weight.grad.count_nonzero()
 
 
 def test_guidance_batch_equals_two_passes():

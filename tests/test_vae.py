@@ -190,6 +190,23 @@ def test_cache_without_flips_and_in_3d():
     assert cache[2]['latent'].shape == (4, 3, 2, 2) and cache[2]['label'] == 2
 
 
+def test_encoding_leaves_the_global_generator_alone(made):
+    before = torch.get_rng_state()
+    LatentCache(made['space'], made['items'])[3]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_items_of_two_kinds_leave_a_whole_cache_in_place(made, tmp_path):
+    "An entry whose type or length changes, or that is missing, would be read back as something else."
+    path, image = tmp_path / 'c', torch.randn(1, 20, 18)
+    LatentCache(made['space'], made['items'], path=path)
+    for first, second in ((dict(v=3), dict(v=3.5)), (dict(v=torch.zeros(2)), dict(v=torch.zeros(3))), (dict(v=1.), {}), ({}, dict(v=1.))):
+        items = [dict(image=image, **entry) for entry in (first, second)]
+        with pytest.raises(ValueError, match='v is .* after|rows of each entry'): LatentCache(made['space'], items, batch_size=1, path=path)
+    assert len(LatentCache.load(path, made['space'])) == 12
+    assert [p.name for p in tmp_path.iterdir()] == ['c']
+
+
 def test_gradient_reaches_the_input_through_a_frozen_space(made):
     z = torch.randn(1, 4, 5, 5, requires_grad=True)
     made['space'].decode(z).square().mean().backward()
