@@ -90,7 +90,7 @@ def folded_head(
     out = {'weight': torch.tensordot(mix, weight, 1), 'bias': mix @ bias + torch.cat([h['bias'] for h in heads]).double()}
     return {name: t.to(conv[name].dtype) for name, t in out.items()}
 
-# %% ../nbs/01a_convert.ipynb #990ea4c6
+# %% ../nbs/01a_convert.ipynb #e04c5a6b
 def monai_config(
     encoder: list,  # from `blocks_of`
     decoder: list,
@@ -99,13 +99,12 @@ def monai_config(
     kinds = [kind(b) for b in encoder]
     ends = ['residual block', 'attention', 'residual block', 'norm', 'convolution'], ['norm', 'convolution']
     tail = next((end for end in ends if kinds[-len(end):] == end), [])
-    levels, inner = [[]], list(zip(encoder, kinds))[1:len(kinds) - len(tail)]
+    levels, attends, inner = [[]], [False], list(zip(encoder, kinds))[1:len(kinds) - len(tail)]
     for block, what in inner:
-        if what == 'attention':
-            raise ValueError('the MONAI autoencoder attends in its levels (attention_levels), which AutoencoderKL does in the middle alone')
-        if what == 'step down': levels.append([])
+        if what == 'step down': levels, attends = [*levels, []], [*attends, False]
         if what == 'residual block': levels[-1].append(len(block['conv1.conv.weight']))
-    known = {'residual block', 'step down'}.issuperset(what for _, what in inner) and all(levels)
+        if what == 'attention': attends[-1] = True
+    known = {'residual block', 'step down', 'attention'}.issuperset(what for _, what in inner) and all(levels)
     if not (known and tail and kinds[0] == 'convolution' and decoder and kind(decoder[-1]) == 'convolution'):
         raise ValueError('the names in this state dict are not those of a MONAI AutoencoderKL')
     first, last = encoder[0]['conv.weight'], decoder[-1]['conv.weight']
@@ -114,7 +113,7 @@ def monai_config(
     if first.shape[1] != len(last):
         raise ValueError(f'the MONAI autoencoder turns {first.shape[1]} channels into {len(last)}, AutoencoderKL gives back as many as it takes')
     return dict(dims=first.ndim - 2, in_channels=len(last), latent_channels=len(encoder[-1]['conv.weight']), stem_patch=1,
-                channels=[widths[-1] for widths in levels], res_blocks=[len(widths) for widths in levels], attention=len(tail) > 2)
+                channels=[widths[-1] for widths in levels], res_blocks=[len(widths) for widths in levels], attention=len(tail) > 2, attention_levels=attends)
 
 # %% ../nbs/01a_convert.ipynb #45dcb76b
 OURS = {ResBlock: 'residual block', SelfAttention: 'attention', Downsample: 'step down', Upsample: 'step up', nn.GroupNorm: 'norm'}

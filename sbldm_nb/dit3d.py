@@ -162,7 +162,7 @@ class Unpatch(nn.Module):
         x = self.project(modulate(self.norm(x), shift, scale))
         return crop_to(self.unfold(x.transpose(1, 2).unflatten(-1, grid)), size)
 
-# %% ../nbs/05_dit3d.ipynb #6a2a53a5
+# %% ../nbs/05_dit3d.ipynb #6c0722db
 class DiT3D(nn.Module):
     "Diffusion transformer with adaLN-zero and windowed attention over 3D latents (Peebles and Xie 2022, arXiv 2212.09748)."
     def __init__(
@@ -204,7 +204,7 @@ class DiT3D(nn.Module):
             raise ValueError(f'DiT3D got latents of shape {tuple(x.shape)} where {channels} channels and a size of at most {self.input_size} are wanted')
         emb = F.silu(self.cond(self.time(t), cond))
         h, grid = self.embed(append_condition(x, cond, self.config['cond_channels']))
-        h = h + grid_positions(grid, h.shape[-1], h.device)  # float32, and so are the sums along the skips under autocast
+        h = h + grid_positions(grid, h.shape[-1], h.device).to(self.embed.project.weight.dtype)  # under autocast float32, and so are the sums along the skips
         windows = [cut_windows(grid, self.window_size or grid, shifted, h.device) for shifted in (False, True)]
         for i, block in enumerate(self.blocks):
             h = recompute(self.checkpointing, block, h, emb, windows[i % 2])

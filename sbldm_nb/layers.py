@@ -134,7 +134,7 @@ def sinusoidal(
     angle = x.float()[..., None] * freq
     return torch.cat([angle.sin(), angle.cos()], -1)
 
-# %% ../nbs/00c_layers.ipynb #e46ac921
+# %% ../nbs/00c_layers.ipynb #41086348
 class TimestepEmbedding(nn.Module):
     "The index t into the schedule's table as a learned vector: `sinusoidal` in float32, then a small MLP."
     def __init__(
@@ -150,7 +150,7 @@ class TimestepEmbedding(nn.Module):
         self,
         t: Tensor,  # (B,) indices into the schedule's table
     ) -> Tensor:    # (B, dim)
-        return self.mlp(sinusoidal(t, self.freq_dim))
+        return self.mlp(sinusoidal(t, self.freq_dim).to(self.mlp[0].weight.dtype))
 
 # %% ../nbs/00c_layers.ipynb #3b457fc7
 def octaves(
@@ -208,7 +208,7 @@ class Cond:
             conds = [replace(c, keep=~c.null().keep) if c.keep is None else c for c in conds]
         return Cond(**{k: torch.cat([getattr(c, k) for c in conds]) for k in conds[0].parts()})
 
-# %% ../nbs/00c_layers.ipynb #54e24a79
+# %% ../nbs/00c_layers.ipynb #b7875752
 class CondEmbedding(nn.Module):
     "Adds the label and the vector of a `Cond` to an embedding; what is withheld or absent becomes a learned null."
     def __init__(
@@ -239,7 +239,7 @@ class CondEmbedding(nn.Module):
             emb = emb + self.label(null if cond.label is None else torch.where(keep, cond.label, null))
         if self.vector_dim:
             absent = cond.vector is None
-            code = self.vector(octaves(emb.new_zeros(n, self.vector_dim) if absent else cond.vector, self.bands))
+            code = self.vector(octaves(emb.new_zeros(n, self.vector_dim) if absent else cond.vector, self.bands).to(self.null_vector))
             emb = emb + torch.where((keep & (not absent))[:, None], code, self.null_vector)
         return emb
 

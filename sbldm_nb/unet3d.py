@@ -143,7 +143,7 @@ def check_latent(
     if any(n < k for n, k in zip(size, least)):
         raise ValueError(f'latents of {size} voxels are too small for a UNet that shrinks them {tuple(least)}-fold: one voxel is wanted on the coarsest grid')
 
-# %% ../nbs/04_unet3d.ipynb #6d4b046d
+# %% ../nbs/04_unet3d.ipynb #6e222d8f
 class UNet(nn.Module):
     "Predicts noise, image or velocity from a noisy latent, the time and a condition; takes any size."
     def __init__(
@@ -192,9 +192,9 @@ class UNet(nn.Module):
             emb, x = emb.repeat_interleave(slices, 0), x.movedim(-1, 1).flatten(0, 1)
         h = self.stem(x)
         if coords:
-            h = h + self.place(coordinates(x.shape[2:], coords, x.device))
+            h = h + self.place(coordinates(x.shape[2:], coords, x.device).to(self.place.weight.dtype))
         if self.height is not None:
-            h = h + self.height(coordinates((slices,), coords, x.device))[0].T.repeat(len(x) // slices, 1)[..., None, None]
+            h = h + self.height(coordinates((slices,), coords, x.device).to(self.height.weight.dtype))[0].T.repeat(len(x) // slices, 1)[..., None, None]
         h = self.head(self.levels(h, emb, slices, self.checkpointing)).float()
         return h.unflatten(0, (-1, slices)).movedim(1, -1) if stack else h
 

@@ -75,7 +75,7 @@ def level_blocks(
         raise ValueError(f'res_blocks {blocks} were given for {len(channels)} levels where each wants one or more')
     return blocks
 
-# %% ../nbs/01_vae.ipynb #0e41f420
+# %% ../nbs/01_vae.ipynb #337b0765
 def middle(
     dims: int,         # number of spatial axes
     width: int,        # of the coarsest level
@@ -96,6 +96,7 @@ def encoder(
     blocks: tuple,         # from `level_blocks`
     stem: tuple,           # block of voxels, one length for each axis, that is folded into channels
     attention: bool = False,  # attend in the middle
+    attends: tuple = None,  # attend after each block of that level? None: of none
     groups: int = 8,       # of the norms
     dropout: float = 0.,   # of the residual blocks
 ) -> nn.Sequential:        # image -> mean, then logvar, along the channels
@@ -107,7 +108,7 @@ def encoder(
             layers.append(Downsample(dims, width, wide if fold > 1 else width, strides[i - 1]))
             width = wide if fold > 1 else width
         for _ in range(blocks[i]):
-            layers.append(block(width, wide))
+            layers += [block(width, wide), *[SelfAttention(dims, wide, 1, groups)] * bool(attends and attends[i])]
             width = wide
     layers += [*middle(dims, width, attention, block, groups), group_norm(width, groups), ConvNd(dims, width, 2 * latent_channels)]
     with torch.no_grad():
@@ -115,7 +116,7 @@ def encoder(
         layers[-1].bias[latent_channels:] = 0
     return nn.Sequential(*layers)
 
-# %% ../nbs/01_vae.ipynb #f552b562
+# %% ../nbs/01_vae.ipynb #2ecbb6be
 def decoder(
     dims: int,             # number of spatial axes
     in_channels: int,      # of the image
@@ -125,6 +126,7 @@ def decoder(
     blocks: tuple,         # from `level_blocks`
     stem: tuple,           # block of voxels, one length for each axis, that the last step unfolds
     attention: bool = False,  # attend in the middle
+    attends: tuple = None,  # attend after each block of that level? None: of none
     groups: int = 8,       # of the norms
     dropout: float = 0.,   # of the residual blocks
 ) -> nn.Sequential:        # latents -> image
@@ -134,7 +136,7 @@ def decoder(
               *middle(dims, width, attention, block, groups)]
     for i in reversed(range(len(channels))):
         for _ in range(blocks[i]):
-            layers.append(block(width, channels[i]))
+            layers += [block(width, channels[i]), *[SelfAttention(dims, channels[i], 1, groups)] * bool(attends and attends[i])]
             width = channels[i]
         if i:
             layers.append(Upsample(dims, width, channels[i - 1] if fold > 1 else width, strides[i - 1]))
@@ -161,7 +163,7 @@ def check_batch(
     if x.ndim != dims + 2 or x.shape[1] != channels or not x.numel():
         raise ValueError(f'a tensor of shape {tuple(x.shape)} came where (batch, {channels}, {", ".join("XYZ"[:dims])}) is wanted')
 
-# %% ../nbs/01_vae.ipynb #c62ef683
+# %% ../nbs/01_vae.ipynb #37cfe856
 class AutoencoderKL(nn.Module):
     "Variational autoencoder of 2D or 3D images of any size; a space-to-depth stem by default, the plain one with `stem_patch=1`."
     def __init__(
@@ -174,17 +176,20 @@ class AutoencoderKL(nn.Module):
         res_blocks=1,                     # residual blocks of every level, or a number for each
         stem_patch=2,                     # block of voxels that the stem folds into channels; 1: none
         attention: bool = False,          # attend over the coarsest grid, in the middle of encoder and decoder
+        attention_levels: tuple = None,   # attend after each block of that level? None: of none
         groups: int = 8,                  # of the norms
         dropout: float = 0.,              # of the residual blocks, in training
         checkpointing: bool = False,      # keep only the inputs of the blocks for the way back, and run them again
     ):
         super().__init__()
         stem, steps, blocks = as_tuple(stem_patch, dims), level_strides(dims, channels, strides), level_blocks(channels, res_blocks)
+        if attention_levels is not None and len(attention_levels) != len(channels):
+            raise ValueError(f'{len(attention_levels)} attention_levels were given for {len(channels)} levels where one for each is wanted')
         self.config = dict(dims=dims, in_channels=in_channels, latent_channels=latent_channels, channels=list(channels),
                            strides=[list(s) for s in steps], res_blocks=list(blocks), stem_patch=list(stem),
-                           attention=attention, groups=groups, dropout=dropout)
+                           attention=attention, attention_levels=attention_levels and list(attention_levels), groups=groups, dropout=dropout)
         self.downsampling, self.checkpointing = tuple(math.prod(f) for f in zip(stem, *steps)), checkpointing
-        shape = dims, in_channels, latent_channels, tuple(channels), steps, blocks, stem, attention, groups, dropout
+        shape = dims, in_channels, latent_channels, tuple(channels), steps, blocks, stem, attention, attention_levels, groups, dropout
         self.encoder, self.decoder = encoder(*shape), decoder(*shape)
 
     def run(self, layers: nn.Sequential, x: Tensor, splits: int) -> Tensor:

@@ -236,7 +236,7 @@ def test_an_old_config_means_the_same_layout():
     "A model saved before dropout, groups and attention could be chosen has a config without them and one number of blocks."
     old = dict(dims=2, in_channels=1, latent_channels=4, channels=[8, 16], strides=[[2, 2]], res_blocks=1, stem_patch=[2, 2])
     new = AutoencoderKL(**old).config
-    assert {**new, 'res_blocks': 1} == {**old, 'attention': False, 'groups': 8, 'dropout': 0.}
+    assert {**new, 'res_blocks': 1} == {**old, 'attention': False, 'attention_levels': None, 'groups': 8, 'dropout': 0.}
 
 
 @pytest.mark.parametrize('name', AUTOENCODERS)

@@ -9,9 +9,9 @@ from sbldm_nb.convert import from_monai, load_monai
 
 monai = pytest.importorskip('monai.networks.nets')
 variants = {'plain': {}, 'no attention': dict(with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False),
-            'no projection': dict(include_fc=False), 'one matrix': dict(use_combined_linear=True), 'flash': dict(use_flash_attention=True)}
-refused = [(dict(use_convtranspose=True), 'transposed convolution'), (dict(attention_levels=(False, False, True)), 'attends in its levels'),
-           (dict(with_decoder_nonlocal_attn=False), 'mirror of its encoder'), (dict(with_encoder_nonlocal_attn=False), 'mirror of its encoder'),
+            'no projection': dict(include_fc=False), 'one matrix': dict(use_combined_linear=True), 'flash': dict(use_flash_attention=True),
+            'in levels': dict(attention_levels=(False, True, True)), 'in levels alone': dict(attention_levels=(False, False, True), with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False)}
+refused = [(dict(use_convtranspose=True), 'transposed convolution'), (dict(with_decoder_nonlocal_attn=False), 'mirror of its encoder'), (dict(with_encoder_nonlocal_attn=False), 'mirror of its encoder'),
            (dict(out_channels=2), 'turns 1 channels into 2')]
 shapes = [dict(in_channels=2, out_channels=2, channels=(8, 8), num_res_blocks=(2, 1), attention_levels=(False,) * 2, latent_channels=5),
           dict(channels=(16,), num_res_blocks=(1,), attention_levels=(False,)), dict(channels=(32, 16, 8))]
@@ -50,6 +50,13 @@ def test_other_shapes(how):
     theirs = peer(2, **how)
     ours = from_monai(theirs.state_dict(), groups=8).requires_grad_(False)
     compare(ours, theirs, torch.randn(1, how.get('in_channels', 1), 16, 24), torch.randn(1, how.get('latent_channels', 3), 5, 4))
+
+
+def test_a_network_of_default_arguments():
+    torch.manual_seed(0)
+    theirs = monai.AutoencoderKL(2, channels=(32, 32, 32, 32)).eval().requires_grad_(False)
+    ours, x = from_monai(theirs.state_dict()).requires_grad_(False), torch.randn(1, 1, 32, 32)
+    compare(ours, theirs, x, torch.randn(1, 3, 4, 4))
 
 
 def test_the_default_groups_and_files(tmp_path):
