@@ -19,7 +19,6 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -50,8 +49,8 @@ def monai_unet() -> nn.Module:
     return DiffusionModelUNet(3, 4, 4, channels=(64, 128, 256), attention_levels=(False, False, True), num_head_channels=(0, 0, 32), num_res_blocks=2, norm_num_groups=32)
 
 
-ours_unet = lambda: UNet(3, 4, channels=(64, 128, 408), res_blocks=2)
-NETWORKS = dict(vae3d=dict(ours=lambda: AutoencoderKL(3, 1, 4, (56, 64), res_blocks=2, attention=True), monai=lambda: monai_vae(3, (32, 64, 64))),
+ours_unet = lambda: UNet(3, 4, channels=(48, 128, 416), res_blocks=2)
+NETWORKS = dict(vae3d=dict(ours=lambda: AutoencoderKL(3, 1, 4, (48, 80), attention=True), monai=lambda: monai_vae(3, (32, 64, 64))),
                 vae2d=dict(ours=lambda: AutoencoderKL(2, 1, 4, (96, 144), res_blocks=2, attention=True), monai=lambda: monai_vae(2, (64, 128, 128))),
                 unet3d=dict(ours=ours_unet, monai=monai_unet), sample3d=dict(ours=ours_unet, monai=monai_unet))
 INPUTS = dict(vae3d=(1, 1, 64, 64, 64), vae2d=(2, 1, 128, 128), unet3d=(2, 4, 16, 16, 16), sample3d=(1, 4, 16, 16, 16))
@@ -94,12 +93,17 @@ def side_by_side(calls: dict, repeats: int, device: str = 'cpu') -> dict:
     return dict({f'{k}_ms': round(1000 * min(v), 2) for k, v in times.items()}, ratio_min=round(min(ratios), 2), ratio_median=round(statistics.median(ratios), 2))
 
 
+def peak_of_process() -> float:
+    "MiB: the largest resident set of this process (Linux; `ru_maxrss` would count what the parent held before it started this one)."
+    return int(next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM')).split()[1]) / 1024
+
+
 def lifted(row: str, name: str) -> float:
     "MiB by which one call lifts this process, which must be fresh."
     net, call = build(row, name)
     before = psutil.Process().memory_info().rss
     call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return peak_of_process() - before / 2**20
 
 
 def memory(row: str, name: str) -> float:

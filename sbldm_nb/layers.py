@@ -95,7 +95,7 @@ class ResBlock(nn.Module):
             h = h * (1 + scale) + shift
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
-# %% ../nbs/00c_layers.ipynb #84079578
+# %% ../nbs/00c_layers.ipynb #67aee9a1
 class SelfAttention(nn.Module):
     "Every position attends to every other; the output projection starts at zero, so that the block starts as the identity."
     def __init__(
@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
         x: Tensor,  # (B, channels, ...)
     ) -> Tensor:    # the same shape
         qkv = self.qkv(self.norm(x)).reshape(len(x), 3, self.heads, -1, x[0, 0].numel())
-        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # fused kernels want the channels of a voxel side by side
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(-1, -2).reshape(x.shape))
 
