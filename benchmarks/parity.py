@@ -7,7 +7,7 @@ The curve of the average on held-out people is written down at fixed steps, so o
 - Autoencoders: L1 + 1e-4 KL, 4 latent channels, 4x smaller; `vae2d_small` is a network of a seventh of the size, so that all sides make many steps; `plain` is ours without the folded stem. Scored by PSNR of the reconstruction from the mean (range 2), averaged over people; 3D on one fixed patch of each person, and at the end on 8 whole volumes.
 - Denoisers: latents (4, 16, 16, 16) of one autoencoder for both, flow matching with logit-normal times. Scored by the loss on held-out people with fixed times and noise.
 
-Learning rates were chosen for each network by `tune`. One thread, bfloat16 autocast where the CPU has it. Results go to benchmarks/results/parity_TASK.json after every run; runs that are there are not repeated.
+Learning rates: `tune` was run for MONAI's autoencoders with all three values and for ours with 3e-4 and 1e-3; the denoisers' was not tuned. One thread, bfloat16 autocast where the CPU has it. Results go to benchmarks/results/parity_TASK.json after every run; runs that are there are not repeated.
 """
 import os
 

@@ -115,8 +115,8 @@ def latent_size(
     down = (*vae.downsampling, 1)[:len(size)] if vae.config['dims'] < len(size) else vae.downsampling
     return vae.config['latent_channels'], *(-(-n // d) for n, d in zip(size, down))
 
-# %% ../nbs/05a_presets.ipynb #0d51cfc2
-ROOM = 12.5 * 2**30  # bytes that a training step may be counted to need on a 16 GB card
+# %% ../nbs/05a_presets.ipynb #19a7911b
+ROOM = 12 * 2**30  # bytes that a training step may be counted to need on a 16 GB card
 
 
 def costs(

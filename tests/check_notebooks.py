@@ -84,11 +84,12 @@ def check_outputs(cell: dict) -> list:
     return found
 
 def check_head(nb: dict, name: str) -> list:
-    "What is wrong with the opening: `# Title`, a `> promise`, `#| default_exp` in the first code cell."
+    "What is wrong with the opening: `# Title`, a `> promise`, `#| default_exp` in the first code cell of a page that exports."
     prose = [c.source for c in nb.cells if c.cell_type == 'markdown']
     code = [c.source for c in nb.cells if c.cell_type == 'code']
     found = [] if prose and re.match(r'# .+\n+> .+', prose[0]) else ['does not open with # Title and > promise']
-    if re.match(r'\d', name) and not (code and re.search(r'^#\|\s*default_exp \w+', code[0], re.M)):
+    exports = any(re.search(r'^#\|\s*exports?\b', c, re.M) for c in code)
+    if exports and not re.search(r'^#\|\s*default_exp \w+', code[0], re.M):
         found.append('the first code cell has no #| default_exp')
     return found
 
