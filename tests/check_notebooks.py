@@ -79,6 +79,7 @@ def check_outputs(cell: dict) -> list:
         png = output.get('data', {}).get('image/png', '')
         if len(png)*3//4 > picture_kb*kb: found.append(f'picture of {len(png)*3//4//kb} KB, at most {picture_kb}')
         if output.output_type == 'error': found.append('an error among its outputs')
+        if output.get('name') == 'stderr': found.append('a warning among its outputs')
         if re.search(r'/(home|Users|root|tmp)/\w', str(output.get('text', '')) + str(output.get('data', {}).get('text/plain', ''))):
             found.append('a path of this machine among its outputs')
     return found

@@ -41,9 +41,9 @@ def test_what_breaks_a_rule_is_named(tmp_path, source, why):
 def test_outputs_are_checked(tmp_path):
     big = base64.b64encode(b'x' * 61 * 1024).decode()
     outputs = [new_output('display_data', data={'image/png': big}), new_output('error', ename='E', evalue='', traceback=[]),
-               new_output('stream', text='/tmp/x')]
+               new_output('stream', text='/tmp/x'), new_output('stream', name='stderr', text='old')]
     found = check_notebooks.check(page(tmp_path, new_code_cell('f()', outputs=outputs)), order)
-    assert [any(why in line for line in found) for why in ('picture of 61 KB', 'an error', 'a path')] == [True] * 3
+    assert [any(why in line for line in found) for why in ('picture of 61 KB', 'an error', 'a path', 'a warning')] == [True] * 4
 
 def test_ids_size_and_format_are_checked(tmp_path):
     path = page(tmp_path, new_code_cell('x = 1', id='first'), new_code_cell('y = 1', id='second'))
