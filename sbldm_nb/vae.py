@@ -116,7 +116,7 @@ def encoder(
         layers[-1].bias[latent_channels:] = 0
     return nn.Sequential(*layers)
 
-# %% ../nbs/01_vae.ipynb #3f344111
+# %% ../nbs/01_vae.ipynb #2ecbb6be
 def decoder(
     dims: int,             # number of spatial axes
     in_channels: int,      # of the image
@@ -142,8 +142,6 @@ def decoder(
             layers.append(Upsample(dims, width, channels[i - 1] if fold > 1 else width, strides[i - 1]))
             width = channels[i - 1] if fold > 1 else width
     layers += [group_norm(width, groups), ConvNd(dims, width, in_channels * fold), DepthToSpace(dims, stem)]
-    nn.init.dirac_(layers[0].weight)
-    nn.init.zeros_(layers[0].bias)
     return nn.Sequential(*layers)
 
 # %% ../nbs/01_vae.ipynb #26671f02
