@@ -26,7 +26,8 @@ from monai.networks.nets import AutoencoderKL as MonaiAutoencoder
 from monai.networks.nets import DiffusionModelUNet as MonaiUNet
 from torch import Tensor
 
-from sbldm_nb.cohort import Cohort, cache_dir
+from sbldm_nb.cohort import Cohort
+from sbldm_nb.files import cache_dir
 from sbldm_nb.data import Intensity, read_image
 from sbldm_nb.kaggle_e2e import cpu_name
 from sbldm_nb.losses import DiffusionLoss, VAELoss

@@ -20,7 +20,8 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from .cohort import Cohort
-from .data import SliceDataset, loaders, one_of
+from .datasets import SliceDataset, loaders
+from .files import one_of
 from .ldm import LatentDiffusion, SlicePosition, latent_shape
 from .losses import FrequencyAwareLoss, VAELoss
 from .metrics import features, gradient_w1, kernel_distance, one_per_subject, otsu_separability, power_spectrum_gap, quality_report

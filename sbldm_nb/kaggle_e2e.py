@@ -36,7 +36,9 @@ from torch.utils.data import Subset
 from . import __version__
 from .audit import memorisation_report, model_card
 from .cohort import Cohort
-from .data import SliceDataset, atomic_write, list_images, loaders, patient_of, split_patients
+from .data import split_patients
+from .datasets import SliceDataset, loaders
+from .files import atomic_write, list_images, patient_of
 from .ldm import LatentDiffusion, SlicePosition, write_samples
 from .losses import VAELoss
 from .metrics import compute_psnr, compute_ssim, one_per_subject, quality_report, report_table

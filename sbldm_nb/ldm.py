@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .data import one_of, write_image
+from .data import write_image
+from .files import one_of
 from .dit3d import DiT3D
 from .layers import Cond
 from .losses import DiffusionLoss, FrequencyAwareLoss

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import one_of
+from .files import one_of
 from .layers import Cond, as_tuple, group_norm
 from .schedules import Schedule, check_grid, output_form, randn, widen
 

@@ -20,7 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from .data import PICTURES, list_images, read_image
+from .data import read_image
+from .files import PICTURES, list_images
 
 # %% ../nbs/07_metrics.ipynb #59f4da5c
 def check_images(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .data import one_of
+from .files import one_of
 from .dit3d import DITS
 from .unet3d import UNETS, UNet
 from .vae import AUTOENCODERS, AutoencoderKL

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data import one_of
+from .files import one_of
 from .layers import Cond
 from .schedules import Schedule, check_grid, inverse_form, randn, widen
 

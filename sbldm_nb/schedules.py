@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .data import one_of
+from .files import one_of
 
 # %% ../nbs/02_schedules.ipynb #68d1692c
 def betas_to_alphas_cumprod(

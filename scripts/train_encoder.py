@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 from sbldm_nb import cohort
-from sbldm_nb.data import Intensity, atomic_write, z_of_slices
+from sbldm_nb.data import Intensity, z_of_slices
+from sbldm_nb.files import atomic_write
 from sbldm_nb.metrics import TissueEncoder
 
 

@@ -42,10 +42,9 @@ def is_module(nodes: list) -> bool:
     "One class and nothing else, derived from nn.Module."
     return len(nodes) == 1 and isinstance(nodes[0], ast.ClassDef) and any(ast.unparse(b).endswith('Module') for b in nodes[0].bases)
 
-def number(name: str) -> tuple:
-    "Where a notebook stands in the order: '06a_ldm' is (6, 'a')."
-    digits, letter = re.match(r'(\d+)([a-z]?)_', name).groups()
-    return int(digits), letter
+def number(name: str) -> str:
+    "Where a notebook stands in the order: '00a0_anatomy' is '00a0_', which is before '00a_', because a page with one digit more is a part of the page it prepares."
+    return re.match(r'\d+([a-z]\d*)?_', name)[0]
 
 def imported(nodes: list) -> list:
     "The (module, names) that a cell takes from the package, in functions too."
@@ -68,7 +67,7 @@ def check_code(cell: dict, name: str, order: dict) -> list:
     if exported and code_lines(source) > limit: found.append(f'exported cell of {code_lines(source)} lines, at most {limit}')
     for module, names in imported(nodes):
         if exported and '*' in names: found.append(f'import * from {module} in an exported cell')
-        if name in order and not order.get(module, (-1,)) < order[name]: found.append(f'imports {module}, which does not come before it')
+        if name in order and not order.get(module, '') < order[name]: found.append(f'imports {module}, which does not come before it')
     if any(map(shows, nodes)) and not cell.outputs and not flags & unexecuted: found.append('not executed: it should have an output')
     return found
 
@@ -98,7 +97,7 @@ def check(path: Path, order: dict) -> list:
     "What is wrong with the notebook at `path`, one sentence each; `order` maps module names to places."
     raw = json.loads(path.read_text(encoding='utf-8'))
     if (raw['nbformat'], raw['nbformat_minor']) != (4, 5): return [f"nbformat {raw['nbformat']}.{raw['nbformat_minor']}, wanted 4.5"]
-    name = next((key for key in order if re.fullmatch(rf'\d+[a-z]?_{key}', path.stem)), '')
+    name = next((key for key in order if re.fullmatch(rf'\d+([a-z]\d*)?_{key}', path.stem)), '')
     limit, size = story_kb if path.stem.startswith('08_') else notebook_kb, path.stat().st_size//kb
     found = [f'{size} KB, at most {limit}'] if size > limit else []
     ids = [cell.get('id') for cell in raw['cells']]
@@ -119,7 +118,7 @@ def sidebar(node) -> list:
 def check_all(nbs: Path) -> list:
     "What is wrong with the notebooks in the folder `nbs` and with the sidebar beside them."
     paths = sorted(p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-    order = {p.stem.split('_', 1)[1]: number(p.stem) for p in paths if re.match(r'\d+[a-z]?_', p.stem)}
+    order = {p.stem.split('_', 1)[1]: number(p.stem) for p in paths if re.match(r'\d+([a-z]\d*)?_', p.stem)}
     pages = sidebar(yaml.safe_load((nbs/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar'])
     have = [str(p.relative_to(nbs)) for p in paths]
     found = [f'_quarto.yml: lists {page}, which is not there' for page in pages if page not in have]

@@ -13,8 +13,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sbldm_nb.cohort import GROUPS, Cohort, load_template, make_subject
-from sbldm_nb.data import SliceDataset
+from sbldm_nb.anatomy import GROUPS, load_template
+from sbldm_nb.cohort import WRITERS, Cohort, make_subject
+from sbldm_nb.datasets import SliceDataset
 
 FILES = 'from sbldm_nb.cohort import Cohort; Cohort({n}, spacing=6., groups=("HC", "TLE-R")).files()'
 
@@ -63,11 +64,13 @@ def test_killed_generation_continues(cache, tmp_path):
 def test_leftovers_of_a_killed_run_are_swept(cache):
     cohort = Cohort(2, spacing=6.)
     folder = cohort.files()[0].parents[1]
-    for name, age in (('.partial-sim-000000-1', 3600), ('.partial-sim-000001-2', 0)):
-        (folder/name).mkdir()
-        os.utime(folder/name, (time.time() - age,)*2)
+    for i, age in enumerate((3600, 0)):
+        leftover = folder/cohort.ids[i]/f'.{i}.nii.gz.0123456789ab.partial'
+        leftover.touch()
+        os.utime(leftover, (time.time() - age,)*2)
+    (folder/'participants.csv').unlink()
     cohort.files()
-    assert [p.name for p in folder.glob('.partial*')] == ['.partial-sim-000001-2']
+    assert [p.name for p in folder.rglob('.*.partial')] == ['.1.nii.gz.0123456789ab.partial']
 
 
 def test_two_processes_make_one_cohort(cache):

@@ -1,25 +1,25 @@
-"Data on real files, damaged files and killed processes: what does not fit into the page of `00_data`."
+"Images on real files, damaged files and killed processes: what does not fit into the page of `003_images`."
+import gzip
 import importlib.util
 import itertools
-import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import resource
 import time
+import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from sbldm_nb.data import (Intensity, SliceDataset, crop_or_pad, list_images, loaders, read_image, resample, spacing_of,
-                           split_patients, to_ras, write_image)
+from sbldm_nb.data import crop_or_pad, read_image, resample, spacing_of, split_patients, to_ras, write_image
+from sbldm_nb.files import list_images
 
-ANATOMICAL = Path(nib.__file__).parent/'tests/data/anatomical.nii'
+SHIPPED = Path(nib.__file__).parent/'tests/data'
+ANATOMICAL = SHIPPED/'anatomical.nii'
 
 
 def icbm_files():
@@ -55,28 +55,51 @@ def test_icbm_and_anatomical_read_as_nibabel_reads_them(icbm_t1):
             assert img.dataobj[tuple(there)] == np.float32(values[tuple(index)])
 
 
-@pytest.mark.parametrize('which', ['icbm', 'anatomical'])
-def test_whole_way_and_back(which, tmp_path, request):
-    "File -> RAS -> resample -> Intensity -> slices -> file: the place and the units survive."
-    path = request.getfixturevalue('icbm_t1') if which == 'icbm' else ANATOMICAL
-    levels, size = ((3.5, 24.5), 64) if which == 'icbm' else ((-6, 15), 24)
-    data = SliceDataset.from_nifti([path], levels=levels, size=size, slices=8)
-    assert data.images.shape == (8, 1, size, size) and data.images.dtype == torch.float32
-    assert data.images.min() == -1 and data.images.max() > .9 and data.images.std() > .2
-    assert torch.isfinite(data.images).all() and (data.positions.diff() - .03).abs().max() < 1e-6
+NO_SUFFIX, NOT_ONE = 'expected a file ending in one of', 'expected one 3D volume or a series of them'
+TABLE = {  # nibabel's own test images: the volumes in the file, or why it is refused
+    'anatomical.nii': 1,                      # int16, big endian, first axis to the left
+    'functional.nii': 20,                     # int16 scaled by .075, +3101
+    'example4d.nii.gz': 2,                    # oblique
+    'example_nifti2.nii.gz': 2,               # NIfTI-2, oblique
+    'standard.nii.gz': 1,                     # uint8, 1 x 3 x 2 mm
+    'reoriented_anat_moved.nii': 1,           # float32, big endian
+    'resampled_anat_moved.nii': '153 of 1071 voxels are NaN',        # what lay outside when SPM resampled it
+    'row_major.dconn.nii': NOT_ONE,           # CIFTI: a matrix of connections, no image
+    'nifti1.hdr': NO_SUFFIX, 'nifti2.hdr': NO_SUFFIX,                # headers without their .img
+    'analyze.hdr': NO_SUFFIX, 'test.mgz': NO_SUFFIX,
+    'tiny.mnc': NO_SUFFIX, 'minc2_1_scale.mnc': NO_SUFFIX,
+    'example4d+orig.BRIK.gz': NO_SUFFIX, 'example4d+orig.HEAD': NO_SUFFIX, 'scaled+tlrc.BRIK': NO_SUFFIX,
+    'phantom_EPI_asc_CLEAR_2_1.PAR': NO_SUFFIX, 'phantom_EPI_asc_CLEAR_2_1.REC': NO_SUFFIX,
+    'tinypet.v': NO_SUFFIX, 'standard.trk': NO_SUFFIX, 'simple.tck': NO_SUFFIX, 'README.rst': NO_SUFFIX,
+}
 
-    coarse = resample(read_image(path), 3.)
-    line = Intensity.from_dict(json.loads(json.dumps(data.intensities[0].to_dict())))
-    for i in range(8):
-        back = read_image(write_image(data.to_image(i), tmp_path/f'{i}.nii.gz'))
-        np.testing.assert_array_equal(back.affine, data.to_image(i).affine)
-        np.testing.assert_allclose(spacing_of(back), 3., rtol=1e-6)
-        index = nib.affines.apply_affine(np.linalg.inv(coarse.affine) @ back.affine, np.argwhere(np.ones(back.shape)))
-        u = np.rint(index).astype(int)
-        np.testing.assert_allclose(u, index, atol=1e-4)
-        seen = ((u >= 0) & (u < coarse.shape)).all(1)
-        expected = np.asanyarray(coarse.dataobj)[tuple(u[seen].T)].clip(line.low, line.high)
-        np.testing.assert_allclose(back.get_fdata().ravel()[seen], expected, atol=1e-4*(line.high - line.low))
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('name', TABLE)
+def test_what_nibabel_ships(name):
+    "Each image is read as nibabel reads it, or refused for the reason in the table."
+    if not isinstance(TABLE[name], int): return refused(SHIPPED/name, TABLE[name])
+    oracle = nib.as_closest_canonical(nib.load(SHIPPED/name))
+    volumes = oracle.get_fdata().reshape(*oracle.shape[:3], -1)
+    assert volumes.shape[3] == TABLE[name]
+    for k in range(TABLE[name]):
+        img = read_image(SHIPPED/name, volume=k)
+        np.testing.assert_array_equal(np.asanyarray(img.dataobj), volumes[..., k].astype(np.float32))
+        np.testing.assert_allclose(img.affine, oracle.affine, atol=1e-6)
+        assert nib.aff2axcodes(img.affine) == ('R', 'A', 'S') and img.get_data_dtype() == np.float32
+    refused(SHIPPED/name, f'the file holds 0 to {TABLE[name] - 1}', read=lambda p: read_image(p, volume=TABLE[name]))
+    if TABLE[name] > 1: refused(SHIPPED/name, f'choose with volume=0 to {TABLE[name] - 1}')
+
+
+def test_the_table_leaves_no_image_out():
+    there = {p.name for p in SHIPPED.iterdir() if p.name.lower().endswith(('.nii', '.nii.gz'))}
+    assert there == {n for n in TABLE if n.endswith(('.nii', '.nii.gz'))}
+
+
+@pytest.mark.parametrize('name', ['0.dcm', '1.dcm'])
+def test_dicom_that_nibabel_ships(name):
+    "Siemens mosaics: many slices tiled into one picture, whose pixels have no place of their own."
+    refused(SHIPPED/name, 'mosaic')
 
 
 def test_resampling_icbm_keeps_the_brain_where_it_is(icbm_t1):
@@ -104,7 +127,7 @@ def test_icbm_is_symmetric_and_stays_so(icbm_t1):
 def test_every_cut_of_a_gz_is_refused(tmp_path):
     whole = write_image(read_image(ANATOMICAL), tmp_path/'whole.nii.gz').read_bytes()
     cut = tmp_path/'cut.nii.gz'
-    for part in (1, 5, 200, 1000, len(whole)//2, len(whole) - 9, len(whole) - 1):
+    for part in (1, 2, 5, 200, 1000, len(whole)//2, len(whole) - 9, len(whole) - 1):
         cut.write_bytes(whole[:part])
         refused(cut, 'damaged or cut short')
     cut.write_bytes(b'')
@@ -139,6 +162,84 @@ def test_flipped_bytes_never_escape_as_other_errors(tmp_path):
         refused(tmp_path/'bad.nii.gz', 'damaged or cut short')
 
 
+@pytest.fixture
+def little_memory():
+    "No more than half a gigabyte beyond what is there: who believes a lying header, fails with MemoryError or is killed."
+    import psutil
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**29, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+@pytest.mark.parametrize('suffix', ['.nii', '.nii.gz'])
+@pytest.mark.parametrize('version', [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_header_cannot_ask_for_memory(suffix, version, tmp_path, little_memory):
+    raw, shapes = version(np.zeros((4, 4, 4), np.uint8), np.eye(4)), [(32767,)*3, (1, 1, 1, 32767, 32767), (32767, 32767, 1, 1, 1, 1, 32767), (3000, 3000, 200)]
+    for shape in shapes + [(2**40, 2**30, 1)]*(version is nib.Nifti2Image):
+        header = raw.header.copy()
+        header['dim'][:len(shape) + 1], header['vox_offset'] = (len(shape), *shape), header.single_vox_offset
+        content = header.binaryblock + bytes(2**20)
+        path = tmp_path/f'lie{suffix}'
+        path.write_bytes(gzip.compress(content) if suffix == '.nii.gz' else content)
+        refused(path, 'series' if len([n for n in shape[3:] if n > 1]) > 1 else 'more than the file can hold')
+
+
+def test_a_bomb_is_put_out_early(tmp_path, little_memory):
+    "Two gigabytes of nothing: behind a header that is honest about them, and behind one that is not."
+    nothing = gzip.compress(bytes(2**24))*128
+    honest, sly = (nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), np.eye(4)).header for _ in range(2))
+    honest.set_data_shape((2048, 1024, 1024))
+    honest['vox_offset'] = sly['vox_offset'] = 352
+    for header, why in ((honest, 'more than the file can hold'), (sly, 'more than its header declares')):
+        (tmp_path/'bomb.nii.gz').write_bytes(gzip.compress(header.binaryblock + bytes(4)) + nothing)
+        started = time.monotonic()
+        refused(tmp_path/'bomb.nii.gz', why)
+        assert time.monotonic() - started < 5
+
+
+def test_a_large_mask_is_no_bomb(tmp_path):
+    "A tenth of a gigabyte of zeros with one voxel set packs a thousand to one and is honest."
+    header, path = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), np.eye(4)).header, tmp_path/'mask.nii.gz'
+    header.set_data_shape((512, 512, 420))
+    header['vox_offset'] = 352
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(4) + bytes(512*512*420 - 1) + b'\1'))
+    assert 512*512*420/path.stat().st_size > 500
+    assert read_image(path).dataobj[511, 511, 419] == 1
+
+
+@pytest.mark.parametrize('spacing', [0, -1, np.nan, np.inf])
+def test_a_spacing_that_is_none(spacing, tmp_path):
+    "Without an sform the spacing is all there is; nibabel would read 0 as 1 and -1 as 1."
+    img = nib.Nifti1Image(np.ones((3, 4, 5), np.float32), None)
+    img.set_qform(np.eye(4), code=1)
+    raw = bytearray(img.to_bytes())
+    raw[84:88] = np.float32(spacing).tobytes()      # pixdim[2]
+    (tmp_path/'a.nii').write_bytes(raw)
+    refused(tmp_path/'a.nii', 'expected a spacing above 0 mm')
+
+
+@pytest.mark.parametrize('order', ['<', '>'])
+@pytest.mark.parametrize('dtype', ['u1', 'i1', 'i2', 'u2', 'i4', 'u4', 'i8', 'u8', 'f4', 'f8'])
+def test_scaling_is_done_in_double_precision(order, dtype, tmp_path):
+    "stored x slope + intercept in float64, then once to float32, whatever is stored; nibabel is the witness."
+    header = nib.Nifti1Header(endianness=order)
+    stored = np.random.default_rng(0).integers(0, 100, (5, 4, 3, 2)).astype(dtype)
+    header.set_data_shape(stored.shape)
+    header.set_data_dtype(stored.dtype.newbyteorder(order))
+    header.set_slope_inter(.1234567, -1024)
+    header.set_sform(np.diag([-1, 2, 3, 1]), code=1)
+    header['vox_offset'] = 352
+    (tmp_path/'a.nii').write_bytes(header.binaryblock + bytes(4) + stored.astype(stored.dtype.newbyteorder(order)).tobytes(order='F'))
+    slope = float(np.float32(.1234567))
+    for k in range(2):
+        values = (stored[..., k].astype(np.float64)*slope - 1024).astype(np.float32)[::-1]
+        img = read_image(tmp_path/'a.nii', volume=k)
+        np.testing.assert_array_equal(np.asanyarray(img.dataobj), values)
+        np.testing.assert_allclose(nib.load(tmp_path/'a.nii').get_fdata()[::-1, ..., k], values, rtol=1e-6)
+    refused(tmp_path/'a.nii', '(5, 4, 3, 2)', 'volume=0 to 1')
+
+
 def test_wrong_content_is_named(tmp_path):
     def save(name, data):
         nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path/name)
@@ -146,6 +247,22 @@ def test_wrong_content_is_named(tmp_path):
     ones = np.ones((4, 5, 6), np.float32)
     refused(tmp_path/'none.nii', 'no such file', error=FileNotFoundError)
     refused(tmp_path/'scan.mgz', 'expected a file ending in')
+    (tmp_path/'zipped.nii').write_bytes(gzip.compress(nib.Nifti1Image(ones, np.eye(4)).to_bytes()))
+    (tmp_path/'plain.nii.gz').write_bytes(nib.Nifti1Image(ones, np.eye(4)).to_bytes())
+    refused(tmp_path/'zipped.nii', 'gzip-compressed, against its name')
+    refused(tmp_path/'plain.nii.gz', 'not compressed, against its name')
+    save('good.nii', ones)
+    for offset in (0, 100, -5, np.nan):
+        raw = bytearray((tmp_path/'good.nii').read_bytes())
+        raw[108:112] = np.float32(offset).tobytes()
+        (tmp_path/'offset.nii').write_bytes(raw)
+        refused(tmp_path/'offset.nii', 'damaged')
+    (tmp_path/'pair.nii').write_bytes((SHIPPED/'nifti1.hdr').read_bytes().ljust(2**21, b'0'))
+    refused(tmp_path/'pair.nii', 'a pair of files')
+    refused(tmp_path/'scan.nii', 'no such file', error=FileNotFoundError)
+    refused(save('good.nii', ones), 'volume 1 is wanted', read=lambda p: read_image(p, volume=1))
+    refused(tmp_path/'good.nii', 'series_uid is for DICOM', read=lambda p: read_image(p, series_uid='1.2'))
+    assert read_image(tmp_path/'good.nii', volume=0).shape == (4, 5, 6)
     refused(save('series.nii.gz', np.ones((4, 5, 6, 7), np.float32)), '3D', '(4, 5, 6, 7)')
     refused(save('plane.nii', np.ones((4, 5), np.float32)), '3D', '(4, 5)')
     refused(save('nan.nii.gz', np.where(ones.cumsum().reshape(ones.shape) < 4, np.nan, ones)), '3 of 120 voxels are NaN')
@@ -164,7 +281,7 @@ def test_wrong_content_is_named(tmp_path):
 
 
 def test_nifti2(tmp_path):
-    refused(ANATOMICAL.parent/'example_nifti2.nii.gz', '3D', '(32, 20, 12, 2)')
+    refused(ANATOMICAL.parent/'example_nifti2.nii.gz', '3D', '(32, 20, 12, 2)', 'volume=0 to 1')
     series = nib.load(ANATOMICAL.parent/'example_nifti2.nii.gz')
     nib.save(series.slicer[..., 0], tmp_path/'one.nii.gz')
     img = read_image(tmp_path/'one.nii.gz')
@@ -180,35 +297,6 @@ def test_missing_orientation_warns(tmp_path):
     with pytest.warns(UserWarning, match='no orientation'): read_image(tmp_path/'nowhere.nii')
 
 
-def test_bad_folders_and_flat_images(tmp_path):
-    ones = np.ones((20, 20, 20), np.float32)
-    volumes, from_folder = tmp_path/'volumes', lambda p: SliceDataset.from_nifti(p)
-    refused(volumes, 'no such folder', error=FileNotFoundError, read=from_folder)
-    volumes.mkdir()
-    refused(volumes, 'no file matches', read=from_folder)
-    with pytest.raises(ValueError, match='empty list'): SliceDataset.from_nifti([])
-    write_image(nib.Nifti1Image(ones*5, np.eye(4)), volumes/'constant.nii.gz')
-    with pytest.raises(ValueError, match='constant.nii.gz.*constant'): from_folder(volumes)
-    write_image(nib.Nifti1Image(ones*0, np.eye(4)), volumes/'constant.nii.gz')
-    with pytest.raises(ValueError, match='constant.nii.gz: no voxel above 0'): from_folder(volumes)
-    half = ones*np.arange(1, 21)[:, None, None]
-    half[:, :, 10:] = 0
-    write_image(nib.Nifti1Image(half, np.eye(4)), volumes/'constant.nii.gz')
-    with pytest.raises(ValueError, match='constant.nii.gz: the slice at 18 mm is constant'):
-        SliceDataset.from_nifti(volumes, levels=(1, 18), slices=3, spacing=1., size=20)
-
-    pictures = tmp_path/'pictures'
-    refused(pictures/'train', 'no such folder', error=FileNotFoundError, read=lambda p: SliceDataset.from_pictures(p.parent))
-    (pictures/'train').mkdir(parents=True)
-    refused(pictures/'train', 'no file matches', read=lambda p: SliceDataset.from_pictures(p.parent))
-    Image.fromarray(np.full((9, 9), 3, np.uint8)).save(pictures/'train/a.png')
-    refused(pictures/'train/a.png', 'constant', read=lambda p: SliceDataset.from_pictures(p.parents[1]))
-    (pictures/'train/a.png').write_bytes(b'\x89PNG\r\n')
-    refused(pictures/'train/a.png', 'damaged or cut short', read=lambda p: SliceDataset.from_pictures(p.parents[1]))
-    (pictures/'train/a.png').write_bytes(b'')
-    refused(pictures/'train/a.png', '0 bytes', read=lambda p: SliceDataset.from_pictures(p.parents[1]))
-
-
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16'])
 def test_pictures_of_every_mode(mode, tmp_path):
     grey = np.random.default_rng(0).integers(0, 256, (12, 9), dtype=np.uint8)
@@ -219,6 +307,38 @@ def test_pictures_of_every_mode(mode, tmp_path):
     assert img.shape == (9, 12, 1) and float(img.header['cal_max']) == (65535 if mode == 'I;16' else 255)
     if mode in ('L', 'LA', 'RGB', 'RGBA', 'I;16'):
         np.testing.assert_array_equal(np.asanyarray(img.dataobj)[::-1, ::-1, 0].T, grey*(257. if mode == 'I;16' else 1.))
+
+
+def test_pictures_that_are_not_what_they_say(tmp_path):
+    "The ending promises PNG or JPEG; other decoders of Pillow, some of which run programs, are never asked."
+    grey = Image.fromarray(np.arange(120, dtype=np.uint8).reshape(10, 12))
+    for kind in ('GIF', 'TIFF', 'BMP', 'EPS', 'PPM'):
+        grey.save(tmp_path/'a.png', format=kind)
+        refused(tmp_path/'a.png', 'not a readable picture')
+    grey.save(tmp_path/'b.png', format='JPEG', quality=95)           # a JPEG named .png is a picture all the same
+    assert np.abs(np.asanyarray(read_image(tmp_path/'b.png').dataobj)[::-1, ::-1, 0].T - np.asarray(grey)).max() < 10
+
+
+def test_a_picture_cannot_ask_for_memory(tmp_path, little_memory):
+    Image.new('L', (8, 8)).save(tmp_path/'a.png')
+    raw = bytearray((tmp_path/'a.png').read_bytes())
+    for size, why in (((20000, 20000), 'Bomb'), ((100000, 100), 'at most 32767')):
+        raw[16:24] = np.array(size, '>u4').tobytes()
+        raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, 'big')
+        (tmp_path/'a.png').write_bytes(raw)
+        refused(tmp_path/'a.png', 'picture', why)
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg'])
+def test_flipped_bytes_in_pictures(name, tmp_path):
+    Image.fromarray(np.arange(1200, dtype=np.uint8).reshape(30, 40)).save(tmp_path/name)
+    good, rng = (tmp_path/name).read_bytes(), np.random.default_rng(0)
+    for _ in range(150):
+        raw = bytearray(good)
+        for at in rng.integers(0, len(raw), rng.integers(1, 4)): raw[at] = rng.integers(256)
+        (tmp_path/name).write_bytes(raw)
+        try: assert read_image(tmp_path/name).ndim == 3
+        except ValueError as e: assert str(tmp_path/name) in str(e)
 
 
 # writing
@@ -276,7 +396,7 @@ def test_a_killed_writer_leaves_nothing_half_written(suffix, tmp_path):
         assert read_image(path).shape == (64, 64, 64)
 
 
-# splits and loaders
+# splits and sizes
 
 def test_split_is_the_same_on_every_machine():
     "Written down once: a changed split would move patients from test to training between two versions."
@@ -293,46 +413,6 @@ def test_split_sizes_for_every_small_n():
             assert (np.abs(sizes - np.array(fractions)*n) < 2).all()
 
 
-@pytest.fixture
-def data():
-    images = torch.rand(22, 1, 6, 4, generator=torch.Generator().manual_seed(0))
-    return SliceDataset(images, torch.arange(22)/100, [i // 2 for i in range(22)], augment=True, seed=5)
-
-
-def passes(loader, epochs, set_epoch=None):
-    out = []
-    for e in epochs:
-        if set_epoch: set_epoch(e)
-        out.append([(b['position'].tolist(), b['image'].sum((1, 3)).flatten().tolist()) for b in loader])
-    return out
-
-
-def test_workers_and_accelerate_see_the_same_epochs(data):
-    from accelerate import Accelerator
-    plain = loaders(data, data, 4, seed=1)[0]
-    by_hand = passes(plain, range(3), plain.sampler.set_epoch)
-    assert by_hand[0] != by_hand[1]
-    assert passes(loaders(data, data, 4, seed=1)[0], range(3)) == by_hand
-    workers = torch.utils.data.DataLoader(data, 4, sampler=loaders(data, data, 4, seed=1)[0].sampler, drop_last=True,
-                                          num_workers=2, persistent_workers=True)
-    assert passes(workers, range(3)) == by_hand
-    prepared = Accelerator(cpu=True).prepare(loaders(data, data, 4, seed=1)[0])
-    assert passes(prepared, range(3)) == by_hand
-    assert passes(prepared, [2, 0], prepared.set_epoch) == [by_hand[2], by_hand[0]]
-
-
-def test_two_ranks_share_an_epoch_without_overlap(data):
-    from accelerate.data_loader import prepare_data_loader
-    seen = []
-    for rank in range(2):
-        shard = prepare_data_loader(loaders(data, data, 4, seed=1)[0], num_processes=2, process_index=rank, put_on_device=False,
-                                    split_batches=False, dispatch_batches=False)
-        shard.set_epoch(3)
-        assert int(data._epoch) == 3
-        seen.append({p for positions, _ in passes(shard, [0])[0] for p in positions})
-    assert not seen[0] & seen[1] and len(seen[0]) == len(seen[1])
-
-
 def test_crop_or_pad_round_trip_for_odd_and_even():
     img = to_ras(nib.Nifti1Image(np.random.default_rng(0).random((9, 12, 3)).astype(np.float32), np.eye(4)))
     for size in (13, 14, (9, 15)):
@@ -341,3 +421,11 @@ def test_crop_or_pad_round_trip_for_odd_and_even():
         if tuple((np.broadcast_to(size, 2) - img.shape[:2]) % 2) == (0, 0):
             np.testing.assert_array_equal(back.get_fdata(), img.get_fdata())
             np.testing.assert_array_equal(back.affine, img.affine)
+
+
+def test_crop_or_pad_in_space():
+    img = to_ras(nib.Nifti1Image(np.random.default_rng(0).random((9, 12, 3)).astype(np.float32), np.diag([1, 2, 3, 1])))
+    assert crop_or_pad(img, (None, 6, None)).shape == (9, 6, 3) and crop_or_pad(img, (4, 4, 5)).shape == (4, 4, 5)
+    np.testing.assert_array_equal(crop_or_pad(img, (9, 12, 7)).get_fdata()[:, :, 2:5], img.get_fdata())
+    for bad in (0, (4, -1), (4, 4, 0), (1, 1, 1, 1)):
+        with pytest.raises(ValueError, match='expected a size above 0'): crop_or_pad(img, bad)

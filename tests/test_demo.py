@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sbldm_nb.cohort import Cohort
-from sbldm_nb.data import SliceDataset, loaders, read_image
+from sbldm_nb.data import read_image
+from sbldm_nb.datasets import SliceDataset, loaders
 from sbldm_nb.kaggle_e2e import PRESETS, get_slices
 from sbldm_nb.ldm import LatentDiffusion, SlicePosition
 from sbldm_nb.losses import VAELoss

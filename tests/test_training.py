@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import sbldm_nb.training as training
-from sbldm_nb.data import SliceDataset, loaders
+from sbldm_nb.datasets import SliceDataset, loaders
 from sbldm_nb.ldm import LatentDiffusion, SlicePosition
 from sbldm_nb.losses import PatchDiscriminator, PerceptualLoss, VAELoss
 from sbldm_nb.schedules import get_schedule
