@@ -22,7 +22,7 @@ def numbers(
     if len(found) not in many: raise ValueError(f"expected {' or '.join(map(str, many))} numbers with commas between{', - for an axis to keep' if 1 in many else ''}, got {text!r}")
     return found[0] if len(found) == 1 else found
 
-# %% ../nbs/09_cli.ipynb #4206ed9f
+# %% ../nbs/09_cli.ipynb #33891ed9
 @call_parse
 def sbldm_preprocess(
     source: str,  # a folder in any known layout
@@ -40,14 +40,15 @@ def sbldm_preprocess(
     time_limit: float = 600.,  # seconds for one case
 ):
     "Turn a data set into a cache of arrays that can be read by patch; resumes what was interrupted."
+    where = source                                                  # whose fault it is, if the system refuses something
     try:
-        found = discover(source, layout)
+        found, where = discover(source, layout), out
         print(found, flush=True)
         line = Intensity.window(*numbers(window, float, (2,))) if window else None
         roles = modality.split(',') if modality else None
         report = preprocess(found, out, size=numbers(size), spacing=numbers(spacing, float), modality=roles, crop=not whole, intensity=line,
                             fractions=numbers(fractions, float, (3,)), seed=seed, workers=workers, shard=shard, time_limit=time_limit)
-    except OSError as e: raise SystemExit(f'{out}: {e.strerror}' if e.strerror else str(e)) from None
+    except OSError as e: raise SystemExit(f'{where}: {e.strerror}' if e.strerror else str(e)) from None
     except ValueError as e: raise SystemExit(str(e)) from None
     except KeyboardInterrupt: raise SystemExit(130) from None
     print(report)

@@ -8,8 +8,8 @@ __all__ = ['WRITERS', 'Subject', 'make_subject', 'make_ct', 'claim_folder', 'wri
            'dicom_ct_plan', 'rplhr_plan', 'hc_tle_plan', 'latents_plan', 'labels_of', 'dataset_json', 'with_table',
            'Cohort']
 
-# %% ../nbs/00a_cohort.ipynb #92be9128
-import csv, functools, gzip, hashlib, io, json, time
+# %% ../nbs/00a_cohort.ipynb #993e021b
+import contextlib, csv, functools, gzip, hashlib, io, json, operator, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import nibabel as nib
@@ -93,20 +93,23 @@ def make_ct(
     n = round(232/spacing)
     return pseudo_ct(seed, group, shape=(n, n, 120), spacing=(spacing, spacing, 1.))
 
-# %% ../nbs/00a_cohort.ipynb #49d949db
+# %% ../nbs/00a_cohort.ipynb #7923886b
 def claim_folder(
     folder:Path, # where a cohort goes; made if missing
     what:dict, # what it will hold
 ):
     "Say in `cohort.json` what a folder holds, or make sure that it holds this"
+    if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder}: is a file, expected a new or empty folder')
     folder.mkdir(parents=True, exist_ok=True)
     card = folder/'cohort.json'
     if card.exists():
-        if json.loads(card.read_text()) != what: raise ValueError(f'{folder}: holds another cohort (see its cohort.json), expected a new or empty folder')
+        try: held = json.loads(card.read_bytes())
+        except ValueError: held = None
+        if held != what: raise ValueError(f'{folder}: holds another cohort (see its cohort.json), expected a new or empty folder')
     elif any(not p.name.startswith('.') for p in folder.iterdir()): raise ValueError(f'{folder}: holds other files, expected a new or empty folder')
     else: atomic_write(card, json.dumps(what, indent=1).encode())
 
-# %% ../nbs/00a_cohort.ipynb #055232e5
+# %% ../nbs/00a_cohort.ipynb #82e23be2
 def write_content(
     path:Path, # its ending says what is meant
     content, # an image, {folder inside a zip: image}, an array (.npy), or bytes
@@ -131,7 +134,8 @@ def write_people(
         subject = cohort.subject(i, tumour) if missing else None
         for path, make in missing.items(): write_content(folder/path, make(subject))
     for p in folder.rglob('.*.partial'):
-        if time.time() - p.stat().st_mtime > 600: p.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):        # another process has just finished it
+            if time.time() - p.stat().st_mtime > 600: p.unlink()
 
 def table(
     rows:list, # dicts with the same keys
@@ -261,7 +265,7 @@ WRITERS = dict(
     hc_tle=with_table(hc_tle_plan, participants__csv=functools.partial(labels_of, plan=hc_tle_plan)),
     latents=with_table(latents_plan, latents__csv=functools.partial(labels_of, plan=latents_plan)))
 
-# %% ../nbs/00a_cohort.ipynb #3b810c5a
+# %% ../nbs/00a_cohort.ipynb #aa465ce5
 class Cohort:
     "`n` simulated people, made when asked for; person `i` is `make_subject(seed*10**6 + i)`"
     def __init__(self,
@@ -270,7 +274,8 @@ class Cohort:
         spacing:float=2., # mm
         groups:tuple=('HC',), # dealt in turn: person i gets groups[i % len(groups)]
     ):
-        if not 1 <= n <= 10**6: raise ValueError(f'expected 1 to 1000000 people, got {n}')
+        n, seed = operator.index(n), operator.index(seed)
+        if not 1 <= n <= 10**6 or seed < 0: raise ValueError(f'expected 1 to 1000000 people and a seed of 0 or more, got {n} and {seed}')
         if not groups or not set(groups) <= set(GROUPS): raise ValueError(f'expected groups out of {", ".join(GROUPS)}, got {groups!r}')
         cube_size(spacing)
         self.n, self.seed, self.spacing, self.groups = n, seed, float(spacing), tuple(groups)
@@ -280,9 +285,7 @@ class Cohort:
     def to_dict(self) -> dict: return dict(n=self.n, seed=self.seed, spacing=self.spacing, groups=list(self.groups))
 
     @functools.cached_property
-    def split(self) -> dict: # train, valid, test -> ids
-        "People split 8:1:1"
-        return split_patients(self.ids)
+    def split(self) -> dict: return split_patients(self.ids) # train, valid, test -> ids, 8:1:1
 
     def subject(self,
         i:int, # 0 to n-1
@@ -297,7 +300,8 @@ class Cohort:
         layout:str='nifti', # nifti, png, brats, decathlon, inpainting, dicom_ct, rplhr, hc_tle or latents
     ) -> Path: # the folder
         "Write everybody, one person at a time; `ValueError` for a folder that holds something else"
-        one_of(layout, WRITERS, 'layout')
+        fewest = dict(png=2, rplhr=3).get(one_of(layout, WRITERS, 'layout'), 1)
+        if self.n < fewest: raise ValueError(f'the layout {layout} is split by people and needs {fewest} or more, got {self.n}')
         claim_folder(Path(folder), dict(generator=VERSION, layout=layout, note=NOTE) | self.to_dict())
         WRITERS[layout](self, Path(folder))
         return Path(folder)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SKULL', 'TISSUE_HU', 'PROFILES', 'GEOMETRIES', 'column', 'ball', 'rod', 'smooth_union', 'share', 'skull_template',
-           'skull_points', 'skull_parts', 'face_bones', 'face_soft', 'skin', 'spline_matrix', 'refine', 'paint',
-           'brain_hu', 'noise_power', 'ct_noise', 'scan_axes', 'mesh', 'pseudo_ct', 'slice_weights', 'average_slices',
-           'thick_slices', 'Geometry', 'Registered', 'registered_pair']
+           'skull_warp', 'skull_points', 'skull_distance', 'skull_parts', 'face_bones', 'face_soft', 'skin',
+           'spline_matrix', 'refine', 'paint', 'brain_hu', 'noise_power', 'ct_noise', 'mesh', 'scan_axes', 'pseudo_ct',
+           'slice_weights', 'average_slices', 'thick_slices', 'Geometry', 'Registered', 'registered_pair']
 
 # %% ../nbs/00a2_ct.ipynb #e4bdf04d
 import functools, math
@@ -73,17 +73,30 @@ def skull_template() -> np.ndarray: # (2, 64, 64, 64) float32 mm, fills the cube
     smooth = (ndimage.gaussian_filter(np.maximum(d, -24).astype(np.float32), s) for d, s in ((inner, 1.5), (closed, 3.5)))
     return np.stack([d.reshape(64, 2, 64, 2, 64, 2).mean((1, 3, 5)) for d in smooth])
 
-# %% ../nbs/00a2_ct.ipynb #41772038
+# %% ../nbs/00a2_ct.ipynb #dc64cbe4
+@functools.lru_cache(maxsize=4)
+def skull_warp(
+    seed:int, # the person
+) -> tuple: # two arrays (3, 48, 48, 48) mm: smoothed and full
+    "The healthy person's displacement, without and with its folds"
+    d = integrate_velocity(velocity_field(seed))
+    return np.stack([ndimage.gaussian_filter(c, 20/(FOV/c.shape[0]), mode='nearest') for c in d]), d
+
 def skull_points(
     seed:int, # the person
     points:np.ndarray, # (3, X, Y, Z) float32, mm in the person's cube
-) -> tuple: # two arrays (3, X, Y, Z) float32, MNI mm in the template: with a smoothed warp, with the full warp
+) -> tuple: # two arrays (3, X, Y, Z) float32, MNI mm in the template: with the smoothed warp, with the full warp
     "The template's places for points of skull and face"
-    d = integrate_velocity(velocity_field(seed))
-    smooth = np.stack([ndimage.gaussian_filter(c, 20/(FOV/c.shape[0]), mode='nearest') for c in d])
-    return tuple(template_points(draw_person(seed), w, points) + column(CENTER) for w in (smooth, d))
+    return tuple(template_points(draw_person(seed), d, points) + column(CENTER) for d in skull_warp(seed))
 
-# %% ../nbs/00a2_ct.ipynb #47e7bcb1
+def skull_distance(
+    which:int, # 0: from the inside of the skull; 1: from its closing
+    x:np.ndarray, # (3, X, Y, Z) MNI mm in the template
+) -> np.ndarray: # (X, Y, Z) mm
+    "Signed distance of the template at points"
+    return sample_at(skull_template()[which:which + 1], (x - column(CENTER))*np.float32(FOV/SKULL))[0]
+
+# %% ../nbs/00a2_ct.ipynb #0b59afea
 def skull_parts(
     x:np.ndarray, # (3, X, Y, Z) MNI mm in the template, by the smoothed warp
     full:np.ndarray, # the same by the full warp
@@ -91,8 +104,7 @@ def skull_parts(
     draws:np.ndarray, # (8,) the person's numbers, standard normal
 ) -> dict: # name -> (X, Y, Z) signed distance in mm
     "The skull and what it encloses"
-    at = lambda k, places: sample_at(skull_template()[k:k+1], (places - column(CENTER))*np.float32(FOV/SKULL))[0]
-    inner, closed = at(0, full) - 1, at(1, x)
+    inner, closed = skull_distance(0, full) - 1, skull_distance(1, x)
     m, y, z = np.stack([np.abs(x[0]), x[1], x[2]]), x[1], x[2]                # m: both sides at once
     hill = lambda centre, widths: np.exp(-(((m - column(centre))/column(widths))**2).sum(0))
     thickness = 6.5 + .9*vary + .6*draws[0] - 2.5*hill((70, -15, -5), (14, 38, 28)) + 3*hill((0, -105, -8), (35, 22, 30)) + 4.5*hill((0, 74, -14), (34, 14, 13))
@@ -250,7 +262,9 @@ def ct_noise(
     white = fft.rfft2(rng.standard_normal(shape, dtype=np.float32), axes=(0, 1))
     return fft.irfft2(white*gain[..., None], s=shape[:2], axes=(0, 1))
 
-# %% ../nbs/00a2_ct.ipynb #0b75ca6d
+# %% ../nbs/00a2_ct.ipynb #ab0d9c1c
+def mesh(axes): return np.stack(np.meshgrid(*axes, indexing='ij')).astype(np.float32)
+
 def scan_axes(
     seed:int, # the person
     shape:tuple=(128, 128, 120), # voxels
@@ -260,12 +274,12 @@ def scan_axes(
     if len(shape) != 3 or len(spacing) != 3 or min(shape) < 1 or not (np.isfinite(spacing).all() and min(spacing) > 0):
         raise ValueError(f'expected three sizes of 1 or more voxels and three spacings above 0 mm, got {shape} and {spacing}')
     person = draw_person(seed)
-    x, y, _ = np.linalg.solve(head_matrix(person), np.array([0, -8, 0]) - CENTER - person.shift)
-    top = np.linalg.solve(head_matrix(person), np.array([0, -20, 97]) - CENTER - person.shift)[2]
+    x, y, _ = np.linalg.solve(head_matrix(person), np.array([0, -10, 0]) - CENTER - person.shift)
+    around = mesh([np.arange(-124., 125, 8)]*3)
+    scalp = skull_distance(1, skull_points(seed, around)[0]) - 12                # 6.5 mm of bone, 5.5 of scalp
+    top = (around[2] - scalp*np.float32(person.scale[2]))[scalp < 0].max() + 8
     centres = x, y, top - shape[2]*spacing[2]/2
     return [c + (np.arange(n) - (n - 1)/2)*s for c, n, s in zip(centres, shape, spacing)]
-
-def mesh(axes): return np.stack(np.meshgrid(*axes, indexing='ij')).astype(np.float32)
 
 # %% ../nbs/00a2_ct.ipynb #1ffc500d
 def pseudo_ct(

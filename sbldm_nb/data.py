@@ -125,9 +125,10 @@ def _sha256(files):
             while block := f.read(2**20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/00_data.ipynb #e19db988
+# %% ../nbs/00_data.ipynb #3ce01d3d
 _MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 def _partial(out, key): return out/f'.{key}.{_MACHINE}-{os.getpid()}.partial'
+def _remove(path): path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
 def _json(content): return (json.dumps(content, indent=1, sort_keys=True) + '\n').encode()
 
 def _store(out, key, record, arrays):
@@ -141,12 +142,13 @@ def _store(out, key, record, arrays):
                 else: np.save(f, np.ascontiguousarray(data), allow_pickle=False)
                 f.flush()
                 os.fsync(f.fileno())
-        if (out/key).exists(): os.rename(out/key, old)
+        if os.path.lexists(out/key): os.rename(out/key, old)
         os.rename(partial, out/key)
     except OSError as e:
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise     # another run was faster with the same case
     finally:
-        for p in (partial, old): shutil.rmtree(p, ignore_errors=True)
+        _remove(partial)
+        _remove(old)
 
 # %% ../nbs/00_data.ipynb #7ac29ea7
 def _without_names(text, case):
@@ -273,10 +275,11 @@ def _tasks(found, settings):
     if len(tasks) < len(found.cases): raise ValueError(f'{found.folder}: two patients have one pseudonym')
     return dict(sorted(tasks.items()))
 
-# %% ../nbs/00_data.ipynb #d0d3d4b6
+# %% ../nbs/00_data.ipynb #596e562d
 def _claim(out, source, settings):
     "Make the output folder and lay down the settings, or refuse one that was made with others."
     if out.resolve().is_relative_to(source.resolve()): raise ValueError(f'{out}: lies in the source folder, where the next run would find it')
+    if (out/'failed').is_symlink(): raise ValueError(f'{out}: its folder failed/ is a link, which would be written through')
     mine, card = json.loads(_json(settings)), out/'settings.json'
     if not card.exists(): atomic_write(card, _json(settings))
     theirs = _read_json(card)
@@ -298,13 +301,13 @@ def _sweep(out, seconds):
         machine, _, number = who.partition('-')
         with contextlib.suppress(FileNotFoundError):
             if machine == _MACHINE and not psutil.pid_exists(int(number)) or time.time() - p.stat().st_mtime > max(2*seconds, 3600):
-                if p.is_dir(): shutil.rmtree(p, ignore_errors=True)
-                else: p.unlink()
+                _remove(p)
 
-# %% ../nbs/00_data.ipynb #6389c1f4
+# %% ../nbs/00_data.ipynb #6b9c058c
 def _record(out, key, digest):
     "What case.json says, None unless it was made with the settings of this digest and the arrays are whole."
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        if (out/key).is_symlink(): return None                      # what is not here is not ours
         record = _read_json(out/key/'case.json')
         for role, r in record['roles'].items(): _open_array(out/key/f'{role}.npy', r['shape'], r['dtype'])
         return record if record['settings'] == digest else None
@@ -416,7 +419,18 @@ def preprocess(
     finally: _sweep(out, time_limit)
     return Report(tuple(sorted(done)), tuple(skipped), failed, _write_manifest(out, tasks, settings))
 
-# %% ../nbs/00_data.ipynb #6a73691d
+# %% ../nbs/00_data.ipynb #4ca2bba0
+def _is_record(key, case):
+    "Whether a case of a manifest can be used; raises KeyError, TypeError or ValueError where it is no case at all."
+    good = case['case'] == key and {'patient', 'label', 'split'} <= set(case) and all(re.fullmatch(r'\w[\w-]*', n) for n in (key, *case['roles']))
+    for r in case['roles'].values():
+        affine = np.array(r['affine'], dtype=np.float64)
+        good &= affine.shape == (4, 4) and bool(np.isfinite(affine).all()) and abs(np.linalg.det(affine)) > 0 and isinstance(r['simulated'], bool)
+        good &= len(r['shape']) == 3 and all(type(n) is int and n > 0 for n in r['shape']) and r['dtype'] in ('int16', 'uint8')
+        if r['intensity'] is not None: Intensity.from_dict(r['intensity'])
+    return good
+
+# %% ../nbs/00_data.ipynb #31a88c60
 class Cache:
     "What `preprocess` made, to read: cases by split, arrays as memory maps, images in their own units."
     def __init__(self,
@@ -426,12 +440,9 @@ class Cache:
         if not (self.out/'manifest.json').is_file():
             raise FileNotFoundError(f'{out}: no manifest.json, so this is no cache or no run of preprocess came to its end')
         self.manifest = _read_json(self.out/'manifest.json')
-        try:
-            names = [name for key, c in self.manifest['cases'].items() for name in (key, *c['roles'])]
-            whole = all({'patient', 'label', 'split'} <= set(c) and all({'shape', 'dtype', 'affine', 'intensity', 'simulated'} <= set(r) for r in c['roles'].values())
-                        and c['case'] == key for key, c in self.manifest['cases'].items())
-        except (KeyError, TypeError, AttributeError): whole, names = False, []
-        if not whole or not all(re.fullmatch(r'\w[\w-]*', n) for n in names): raise ValueError(f'{self.out/"manifest.json"}: not a manifest of preprocess, or damaged')
+        try: whole = all(_is_record(key, c) for key, c in self.manifest['cases'].items())
+        except (KeyError, TypeError, ValueError, AttributeError): whole = False
+        if not whole: raise ValueError(f'{self.out/"manifest.json"}: not a manifest of preprocess, or damaged')
         self._open = functools.lru_cache(64)(lambda key, role: _open_array(self.out/key/f'{role}.npy', *self._role(key, role, 'shape', 'dtype')))
 
     def __reduce__(self): return Cache, (self.out.absolute(),)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDED_ROLES', 'EpochDataset', 'refuse_turns', 'TensorSlices', 'SliceDataset', 'EpochSampler', 'loaders',
-           'BalancedSampler', 'read_box', 'Move', 'Augment', 'latent_flip', 'CachedDataset', 'BoxDataset',
-           'CachedVolumes', 'CachedSlices', 'RandomPatches', 'GridPatches', 'ImageList', 'in_units', 'pair_starts',
-           'ThickThinPairs', 'InpaintingTriples']
+           'BalancedSampler', 'read_box', 'refuse_uneven', 'Move', 'Augment', 'latent_flip', 'CachedDataset',
+           'BoxDataset', 'CachedVolumes', 'CachedSlices', 'RandomPatches', 'GridPatches', 'ImageList', 'in_units',
+           'pair_starts', 'ThickThinPairs', 'InpaintingTriples']
 
 # %% ../nbs/00e_datasets.ipynb #39f92042
 import itertools, math, os, re, warnings
@@ -33,7 +33,7 @@ class EpochDataset(Dataset):
     def set_epoch(self, epoch: int): self._epoch.fill_(epoch)
     def rng(self, i: int) -> np.random.Generator: return np.random.default_rng((self.seed, int(self._epoch), i))
 
-# %% ../nbs/00e_datasets.ipynb #ecf128d7
+# %% ../nbs/00e_datasets.ipynb #4132f110
 SIDED_ROLES = ('hippocampus',)  # label maps in which left and right have different numbers
 
 def refuse_turns(
@@ -41,8 +41,8 @@ def refuse_turns(
     roles=(),  # names of label maps
 ):
     "`ValueError` if a class or a label map tells left from right; for images that may be mirrored or turned."
-    sides = {'l', 'r', 'left', 'right', 'lh', 'rh'}
-    if any(sides & set(re.split('[^a-z]+', str(c).lower())) for c in classes):
+    side = re.compile(r'(?<![a-z])([lr]|[lr]h|[lr]tle|(left|right)[a-z]*|[a-z]*tle(left|right))(?![a-z])')
+    if any(side.search(str(c).lower()) for c in classes):
         raise ValueError('a class of these images names a side, left or right, which a flip or a quarter turn would make wrong: augment without them')
     for r in roles:
         if r in SIDED_ROLES: raise ValueError(f'the labels {r!r} have other numbers left than right, which a flip or a quarter turn would make wrong: augment without them')
@@ -200,15 +200,17 @@ def loaders(
     return (DataLoader(train, batch_size, sampler=EpochSampler(train, seed) if sampler is None else sampler, drop_last=True, num_workers=num_workers),
             DataLoader(valid, batch_size, num_workers=num_workers))
 
-# %% ../nbs/00e_datasets.ipynb #c0745fc5
+# %% ../nbs/00e_datasets.ipynb #517b0d67
 class BalancedSampler(EpochSampler):
     "Every class equally often in each epoch, every member of a class equally often over the epochs."
     def __init__(self,
-        labels,  # the class of every item
+        dataset: Dataset,  # told which epoch it is
         seed: int = 0,  # of the order
-        dataset: Dataset | None = None,  # told which epoch it is
+        labels=None,  # the class of every item; None: what `dataset.labels` says
     ):
         super().__init__(dataset, seed)
+        labels = dataset.labels if labels is None else labels
+        if len(labels) != len(dataset): raise ValueError(f'expected the classes of {len(dataset)} items, got {len(labels)}')
         self.members = [np.flatnonzero(np.asarray(labels) == c) for c in np.unique(np.asarray(labels))]
         if len(self.members) < 2: raise ValueError(f'expected items of two classes or more, got {len(labels)} items of {len(self.members)}')
         self.rounds = -(-len(labels)//len(self.members))
@@ -224,7 +226,7 @@ class BalancedSampler(EpochSampler):
 
     def order(self) -> list[int]:
         table = np.stack([self.deal(k) for k in range(len(self.members))], 1)
-        return np.random.default_rng((self.seed, self.epoch, 2)).permuted(table, axis=1).ravel().tolist()
+        return np.random.default_rng((self.seed, self.epoch, 0, 2)).permuted(table, axis=1).ravel().tolist()
 
 # %% ../nbs/00e_datasets.ipynb #8fa9f960
 def read_box(
@@ -243,7 +245,16 @@ def read_box(
     else: out[place] = part
     return out
 
-# %% ../nbs/00e_datasets.ipynb #7b99af52
+# %% ../nbs/00e_datasets.ipynb #b936aef0
+def refuse_uneven(
+    size,  # voxels along each axis
+    spacing,  # mm along each axis
+):
+    "`ValueError` where a quarter turn in the plane would change the shape of a box or of its voxels."
+    if size[0] != size[1] or not math.isclose(spacing[0], spacing[1], rel_tol=1e-3):
+        raise ValueError(f'a quarter turn needs equal sides and spacing in the plane, got {size[0]} x {size[1]} voxels of {spacing[0]:.4g} x {spacing[1]:.4g} mm')
+
+# %% ../nbs/00e_datasets.ipynb #1fcc3327
 @dataclass(frozen=True)
 class Move:
     "What happens to one item: drawn once, the same for all its arrays."
@@ -264,8 +275,7 @@ class Move:
         "The box as it is after the move."
         corner, size, spacing = np.array(corner), np.array(size), np.array(spacing, dtype=float)
         order = np.abs(self.turn).argmax(0)
-        if (size[order] != size).any() or not np.allclose(spacing[order], spacing, rtol=1e-3):
-            raise ValueError(f'a quarter turn needs equal sides and spacing in the plane, got {size.tolist()[:2]} voxels of {spacing.tolist()[:2]} mm')
+        if order[0] != 0: refuse_uneven(size, spacing)
         if not self.shift.any() and (self.warp == np.eye(len(size))).all():
             return np.flip(read_box(array, corner, size).transpose(order), np.flatnonzero(self.turn.sum(0) < 0))
         matrix, middle = self.warp*spacing/spacing[:, None] @ self.turn, (size - 1)/2
@@ -282,7 +292,7 @@ class Move:
         if self.noise: y = y + self.noise*self.rng.standard_normal(y.shape, dtype=np.float32)
         return y.clip(-1, 1).astype(np.float32)
 
-# %% ../nbs/00e_datasets.ipynb #5d191fb0
+# %% ../nbs/00e_datasets.ipynb #08ae4c6e
 @dataclass(frozen=True)
 class Augment:
     "What may happen to images: flips, quarter turns, a small affine map, contrast and noise."
@@ -291,17 +301,18 @@ class Augment:
     affine: tuple = (0., 0., 0.)  # bounds: degrees around each axis, relative change of size, mm along each axis
     intensity: tuple = (0., 0.)  # bounds: relative change of gain and of gamma
     noise: float = 0.  # bound of the standard deviation, in units of [-1, 1]
-    lateralised: bool = False  # labels tell left from right: flips and quarter turns are refused
+    lateralised: bool = False  # labels tell left from right: flips and turns are refused
 
     def __post_init__(self):
         for axis in self.flips: one_of(axis, 'xyz', 'axis of a flip')
-        if len(self.affine) != 3 or len(self.intensity) != 2 or min(*self.affine, *self.intensity, self.noise) < 0:
+        if len(self.affine) != 3 or len(self.intensity) != 2 or not all(0 <= v < math.inf for v in (*self.affine, *self.intensity, self.noise)):
             raise ValueError(f'expected three bounds for affine, two for intensity and one for noise, none below 0, got {self.affine}, {self.intensity}, {self.noise}')
         if self.lateralised and self.turns:
-            raise ValueError('flips and quarter turns are refused where labels tell left from right: each flip makes a mirror image, each quarter turn moves the sides')
+            raise ValueError('flips, quarter turns and rotations beyond 45 degrees are refused where labels tell left from right: '
+                             'a flip makes a mirror image, a turn carries one side to the place of the other')
 
     @property
-    def turns(self) -> bool: return bool(self.flips) or self.rot90
+    def turns(self) -> bool: return bool(self.flips) or self.rot90 or self.affine[0] > 45
 
     def draw(self,
         rng: np.random.Generator,
@@ -325,7 +336,7 @@ def latent_flip(
     names = 'xyz'[:z.ndim - 2]
     return z.flip([2 + names.index(one_of(a, names, 'axis of a flip')) for a in axes])
 
-# %% ../nbs/00e_datasets.ipynb #e668b69b
+# %% ../nbs/00e_datasets.ipynb #8f97f1e1
 class CachedDataset(EpochDataset):
     "What the data sets on a cache share: the cases of a split, checked once, and the way from arrays to an item."
     def __init__(self,
@@ -334,19 +345,27 @@ class CachedDataset(EpochDataset):
         roles,  # one role or several: images become channels of `image`, labels stand under their own names
         augment: Augment | None = None,
         seed: int = 0,  # of everything that is drawn
+        size: np.ndarray | None = None,  # voxels of an item along each axis; None: the whole array
+        patches_per_case: int = 1,  # items of a case in an epoch
     ):
         super().__init__(seed)
-        self.cache, self.cases, self.augment = cache, cache.cases(split), augment or Augment()
+        self.cache, self.cases, self.augment, self.size, self.patches_per_case = cache, cache.cases(split), augment or Augment(), size, patches_per_case
+        if min(*(() if size is None else size), patches_per_case, 1) < 1: raise ValueError(f'expected sizes and numbers of patches of 1 or more, got {size} and {patches_per_case}')
         self.roles = (roles,) if isinstance(roles, str) else tuple(roles)
         if not self.cases: raise ValueError(f'the cache holds no case of the split {split!r}')
-        for r in self.roles:
-            if lacking := sum(r not in c['roles'] for c in self.cases): raise ValueError(f'{lacking} of {len(self.cases)} cases of the split {split!r} lack the role {r!r}')
+        self.refuse_lacking(*self.roles)
         self.names = sorted({c['patient'] for c in self.cases})
         self.classes = sorted({c['label'] for c in cache.cases()} - {None})
         if self.augment.turns: refuse_turns(self.classes, self.roles)
+        for c in self.cases*self.augment.rot90: refuse_uneven(c['roles'][self.roles[0]]['shape'] if size is None else size, self.spacing(c))
 
-    def __len__(self): return len(self.cases)
-    def case_of(self, i: int) -> dict: return self.cases[i]
+    def refuse_lacking(self, *roles: str):
+        "`ValueError` if a case lacks a role."
+        for r in roles:
+            if lacking := sum(r not in c['roles'] for c in self.cases): raise ValueError(f'{lacking} of {len(self.cases)} cases lack the role {r!r}')
+
+    def __len__(self): return len(self.cases)*self.patches_per_case
+    def case_of(self, i: int) -> dict: return self.cases[i//self.patches_per_case]
     def affine(self, case: dict, role: str) -> np.ndarray: return np.array(case['roles'][role]['affine'])
     def spacing(self, case: dict) -> np.ndarray: return nib.affines.voxel_sizes(self.affine(case, self.roles[0]))
 
@@ -416,25 +435,23 @@ class CachedSlices(BoxDataset):
         boxes = self.boxes(arrays, (0, 0), arrays[self.roles[0]].shape, self.spacing(case)[:2], self.rng(i))
         return self.item(case, boxes) | dict(position=torch.tensor(z/100, dtype=torch.float32))
 
-# %% ../nbs/00e_datasets.ipynb #6e158602
+# %% ../nbs/00e_datasets.ipynb #4ea4fb9c
 class RandomPatches(BoxDataset):
     "Patches at random places, read from the memory map without reading the volume."
     def __init__(self,
         cache,  # a `Cache`
         split: str | None,  # 'train', 'valid', 'test'; None: all
         roles,  # one role or several
-        size: tuple[int, int, int],  # voxels of a patch
+        size: int | tuple[int, int, int],  # voxels of a patch
         patches_per_case: int = 1,  # in an epoch
         foreground: tuple[str, float] | None = None,  # (role, share): this share is centred where the role is above background
         augment: Augment | None = None,
         seed: int = 0,  # of everything that is drawn
     ):
-        super().__init__(cache, split, roles, augment, seed)
-        if min(*size, patches_per_case) < 1: raise ValueError(f'expected sizes and numbers of patches of 1 or more, got {tuple(size)} and {patches_per_case}')
-        self.size, self.patches_per_case, self.foreground = np.array(size), patches_per_case, foreground or (self.roles[0], 0.)
-
-    def __len__(self): return len(self.cases)*self.patches_per_case
-    def case_of(self, i: int) -> dict: return self.cases[i//self.patches_per_case]
+        super().__init__(cache, split, roles, augment, seed, np.broadcast_to(size, 3), patches_per_case)
+        self.foreground = foreground or (self.roles[0], 0.)
+        if not 0 <= self.foreground[1] <= 1: raise ValueError(f'expected a share of foreground from 0 to 1, got {self.foreground[1]}')
+        self.refuse_lacking(self.foreground[0])
 
     def corner(self, array: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
         "The first voxel of a patch; with chance `share` its centre is where `array` is above background."
@@ -453,7 +470,7 @@ class RandomPatches(BoxDataset):
         corner = self.corner(arrays[role], share, rng)
         return self.item(case, self.boxes({r: arrays[r] for r in self.roles}, corner, self.size, self.spacing(case), rng))
 
-# %% ../nbs/00e_datasets.ipynb #59957410
+# %% ../nbs/00e_datasets.ipynb #a51b979d
 class GridPatches:
     "Overlapping patches that cover a volume, and their weighted sum."
     def __init__(self,
@@ -463,12 +480,11 @@ class GridPatches:
     ):
         if len(shape) != len(size) or min(*shape, *size) < 1 or not 0 <= overlap < 1:
             raise ValueError(f'expected as many sizes as axes, 1 or more, and an overlap from 0 up to 1, got {tuple(shape)}, {tuple(size)} and {overlap:g}')
-        self.shape, self.size, self.rows, starts = tuple(shape), tuple(size), [], []
+        self.shape, self.size, self.rows, starts = tuple(map(int, shape)), tuple(map(int, size)), [], []
         for n, s in zip(shape, size):
-            count = 1 + math.ceil(max(0, n - s)/max(1, int(s*(1 - overlap))))
+            count = 1 + math.ceil(max(0, n - s)/max(1, int(s*(1 - overlap) + 1e-9)))
             starts.append([round(j*(n - s)/(count - 1)) for j in range(count)] if n > s else [(n - s)//2])
-            distance = np.abs(np.arange(n) - np.array(starts[-1])[:, None] - (s - 1)/2)
-            tents = np.maximum((s + 1)/2 - distance, 0)
+            tents = np.maximum((s + 1)/2 - np.abs(np.arange(n) - np.array(starts[-1])[:, None] - (s - 1)/2), 0)
             self.rows.append(torch.from_numpy(tents/tents.sum(0)))
         self.corners, self.places = (list(itertools.product(*a)) for a in (starts, [range(len(a)) for a in starts]))
 
@@ -489,14 +505,15 @@ class GridPatches:
 
     def stitch(self,
         patches,  # one for each corner, in order: (..., *size)
-    ) -> torch.Tensor:  # (..., *shape)
+    ) -> torch.Tensor:  # (..., *shape), float32 at least
         "The weighted sum of patches, taken one by one."
-        total = None
+        total, d = None, len(self.shape)
         for i, patch in enumerate(map(torch.as_tensor, patches)):
             if i == len(self): break
-            if i == 0: total = patch.new_zeros(*patch.shape[:patch.ndim - len(self.shape)], *self.shape)
+            if patch.shape[-d:] != self.size: raise ValueError(f'expected patches of {self.size}, got {tuple(patch.shape[-d:])}')
+            if i == 0: total = patch.new_zeros(*patch.shape[:-d], *self.shape, dtype=torch.promote_types(patch.dtype, torch.float32))
             where, part = self.inside(i)
-            total[(..., *where)] += patch[(..., *part)]*self.weight(i).to(patch)
+            total[(..., *where)] += patch[(..., *part)]*self.weight(i).to(total)
         if total is None or i + 1 != len(self): raise ValueError(f'expected {len(self)} patches, got {0 if total is None else i + 1}{" or more"*(i == len(self))}')
         return total
 
@@ -539,7 +556,7 @@ def pair_starts(
     if not starts: raise ValueError(f'{geometry.thick} thick and {geometry.thin} thin slices fit nowhere into a stack of {n} thin ones')
     return starts
 
-# %% ../nbs/00e_datasets.ipynb #3927f615
+# %% ../nbs/00e_datasets.ipynb #d16c8694
 class ThickThinPairs(CachedDataset):
     "Items `condition` (1, x, y, thick) and `target` (1, x, y, thin) in [-1, 1], and `spacing` of the target in mm."
     def __init__(self,
@@ -555,21 +572,17 @@ class ThickThinPairs(CachedDataset):
         seed: int = 0,  # of everything that is drawn
     ):
         if isinstance(source, (list, tuple)): source = ImageList([dict(zip(('thick', 'thin'), x)) if real else dict(thin=x) for x in source])
-        super().__init__(source, split, ('thin', 'thick') if real else 'thin', augment, seed)
+        super().__init__(source, split, ('thin', 'thick') if real else 'thin', augment, seed, np.broadcast_to(size, 2), patches_per_case)
         if max(*self.augment.affine, *self.augment.intensity, self.augment.noise) > 0:
             raise ValueError('pairs of thick and thin slices take flips and quarter turns only: other moves make pairs that no scanner makes')
         self.geometry = g = GEOMETRIES[one_of(geometry, GEOMETRIES, 'geometry')] if isinstance(geometry, str) else geometry
         if g.warning: warnings.warn(g.warning, stacklevel=2)
         if 'z' in self.augment.flips and abs(g.thick_z[0] + g.thick_z[-1] - g.thin_z[-1]) > 1e-6: raise ValueError('a geometry that is not symmetric cannot be flipped along z')
-        self.size, self.real, self.intensity, self.patches_per_case = np.broadcast_to(size, 2), real, intensity, patches_per_case
-        self.weights, self.starts = g.weights(profile), []
+        self.real, self.intensity, self.weights, self.starts = real, intensity, g.weights(profile), []
         for n, c in enumerate(self.cases):
             images = [nib.Nifti1Image(source.array(c, r), self.affine(c, r)) for r in self.roles]
             try: self.starts.append(pair_starts(g, self.size, *images))
             except ValueError as e: raise ValueError(f'case {n + 1} of {len(self.cases)}: {e}') from e
-
-    def __len__(self): return len(self.cases)*self.patches_per_case
-    def case_of(self, i: int) -> dict: return self.cases[i//self.patches_per_case]
 
     def __getitem__(self, i: int) -> dict:
         case, rng, g = self.case_of(i := range(len(self))[i]), self.rng(i), self.geometry
@@ -582,7 +595,7 @@ class ThickThinPairs(CachedDataset):
         place = dict(spacing=torch.tensor(self.spacing(case), dtype=torch.float32), subject=torch.tensor(self.names.index(case['patient'])))
         return {n: torch.from_numpy(np.ascontiguousarray(v))[None] for n, v in out.items()} | place
 
-# %% ../nbs/00e_datasets.ipynb #dac2caa8
+# %% ../nbs/00e_datasets.ipynb #2367f03c
 class InpaintingTriples(BoxDataset):
     "Items `image`, `voided`, `mask` and `weight`, all (1, X, Y, Z) float32, and further roles under their own names."
     def __init__(self,
@@ -599,7 +612,7 @@ class InpaintingTriples(BoxDataset):
     def hole(self, i: int) -> str:
         "The role of the mask that item `i` has in this epoch."
         deck, k = divmod(int(self._epoch), len(self.holes[i]))
-        return self.holes[i][np.random.default_rng((self.seed, deck, i, 1)).permutation(len(self.holes[i]))[k]]
+        return self.holes[i][np.random.default_rng((self.seed, deck, i, 3)).permutation(len(self.holes[i]))[k]]
 
     def __getitem__(self, i: int) -> dict:
         case, hole, move = self.case_of(i := range(len(self))[i]), self.hole(i), self.augment.draw(self.rng(i))
@@ -607,9 +620,11 @@ class InpaintingTriples(BoxDataset):
         healthy = [r for r in (f'mask-healthy{number}', 'mask-healthy') if r in known][:1]
         ill = [r for r in (f'mask-unhealthy{number}', 'mask-unhealthy', 'seg') if r in known][:1]
         arrays = self.arrays(case, hole, *healthy, *ill)
-        boxes = {r: move.take(a, (0, 0, 0), a.shape, self.spacing(case)) for r, a in arrays.items()}
-        item = self.item(case, dict(t1n=move.grade(boxes['t1n'])))
-        part = boxes[healthy[0]] > 0 if healthy else boxes[ill[0]] == 0 if ill else True
-        extra = {r: boxes[r] for r in self.roles[1:]} | dict(mask=(boxes[hole] > 0).astype(np.float32), weight=((boxes[hole] > 0) & part).astype(np.float32))
+        void = arrays[hole] > 0
+        unknown = void & (arrays[healthy[0]] == 0 if healthy else arrays[ill[0]] > 0 if ill else False)
+        def box(a): return move.take(a, (0, 0, 0), a.shape, self.spacing(case))
+        mask, doubtful = (box(2*np.float32(a) - 1) > -1 for a in (void, unknown))       # interpolated as the image is
+        item = self.item(case, dict(t1n=move.grade(box(arrays['t1n']))))
+        extra = {r: box(arrays[r]) for r in self.roles[1:]} | dict(mask=np.float32(mask), weight=np.float32(mask & ~doubtful))
         item |= {r: torch.from_numpy(np.ascontiguousarray(b))[None] for r, b in extra.items()}
         return item | dict(voided=torch.where(item['mask'] > 0, -1., item['image']))

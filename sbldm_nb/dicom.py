@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['series_of', 'read_dicom', 'write_dicom', 'deidentify']
 
-# %% ../nbs/001_dicom.ipynb #bf1801a4
-import io, math, os, re, shutil, uuid, warnings, zipfile, zlib
+# %% ../nbs/001_dicom.ipynb #6fe24264
+import io, logging, math, os, re, shutil, uuid, warnings, zipfile, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,18 +17,31 @@ import pydicom
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from pydicom import uid as uids
 from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.valuerep import format_number_as_ds
 from .files import MAX_RATIO, RATIO_FROM, atomic_write, in_time, is_bomb, keyed, one_of, pseudonym, read_member, split_zip, zip_members
 
-# %% ../nbs/001_dicom.ipynb #aea8c1e2
+# %% ../nbs/001_dicom.ipynb #3ba46847
 @contextmanager
 def _readable(label, what='not a readable DICOM file, it is damaged or cut short'):
     "Whatever a damaged file does to the libraries that take it apart becomes one sentence that quotes nothing from the file."
     try: yield
     except Exception as e: raise ValueError(f'{label}: {what} ({type(e).__name__})') from None
 
+@contextmanager
+def _quiet():
+    "pydicom warns and logs about odd values by quoting them; a value may be a name."
+    log, mute = logging.getLogger('pydicom'), logging.Filter('nothing')
+    log.addFilter(mute)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally: log.removeFilter(mute)
+
+# %% ../nbs/001_dicom.ipynb #7686ed75
 @dataclass(frozen=True)
 class _File:
     label: str  # what messages call it
@@ -38,7 +51,9 @@ class _File:
 
 def _on_disk(path, label):
     def read(n=None):
-        with open(path, 'rb') as f: return f.read() if n is None else f.read(n)
+        try:
+            with open(path, 'rb') as f: return f.read() if n is None else f.read(n)
+        except OSError as e: raise ValueError(f'{label}: the file cannot be read ({e.strerror})') from None
     return _File(label, Path(path).name, os.stat(path).st_size, read)
 
 def _in_archive(archive, member, label):
@@ -48,11 +63,13 @@ def _in_archive(archive, member, label):
             with archive.open(member) as f: return f.read(n)
     return _File(label, member.filename.rpartition('/')[2], member.file_size, read)
 
+# %% ../nbs/001_dicom.ipynb #725f989c
 def _numbered(source, things): return [(f'{source}: file {k} of {len(things)} in the order of their names', t) for k, t in enumerate(things, 1)]
 
 def _walk(folder):
+    def fail(e): raise ValueError(f'{folder}: a folder in it cannot be read ({e.strerror})') from None
     inside = Path(os.path.realpath(folder))
-    for k, p in enumerate(sorted(folder.rglob('*')), 1):
+    for k, p in enumerate(sorted(Path(top)/name for top, folders, files in os.walk(folder, onerror=fail) for name in folders + files), 1):
         if any(part.startswith('.') or part == '__MACOSX' for part in p.relative_to(folder).parts): continue
         if p.is_symlink():
             if not Path(os.path.realpath(p)).is_relative_to(inside): raise ValueError(f'{folder}: entry {k} is a link that leads out of the folder')
@@ -64,17 +81,17 @@ def _files(source):
     "The files of a source, open as long as the context is."
     if isinstance(source, (list, tuple)):
         for p in source:
-            if not Path(p).exists(): raise FileNotFoundError(f'{p}: no such file')
-            if Path(p).is_dir(): raise ValueError(f'{p}: a folder in a list of files')
+            if not os.path.exists(p): raise FileNotFoundError(f'{p}: no such file')
+            if os.path.isdir(p): raise ValueError(f'{p}: a folder in a list of files')
         yield [_on_disk(p, f'{p} (file {k} of {len(source)})') for k, p in enumerate(source, 1)]
     elif zipped := split_zip(source):
         members = zip_members(*zipped)
         with zipfile.ZipFile(zipped[0]) as z: yield [_in_archive(z, m, label) for label, m in _numbered(source, members)]
-    elif Path(source).is_dir(): yield [_on_disk(p, label) for label, p in _numbered(source, list(_walk(Path(source))))]
-    elif Path(source).exists(): yield [_on_disk(source, str(source))]
+    elif os.path.isdir(source): yield [_on_disk(p, label) for label, p in _numbered(source, list(_walk(Path(source))))]
+    elif os.path.exists(source): yield [_on_disk(source, str(source))]
     else: raise FileNotFoundError(f'{source}: no such file or folder')
 
-# %% ../nbs/001_dicom.ipynb #24d812f7
+# %% ../nbs/001_dicom.ipynb #3ffa345f
 def _something_else(name, first):
     "Whether a file without the mark of DICOM shows that it is of another kind: by the ending of its name, or as a text."
     end = Path(name).suffix.lower()
@@ -85,7 +102,7 @@ def _open(raw, label):
     fp = io.BytesIO(raw)
     fp.seek(132)
     with _readable(label):
-        meta = read_dataset(fp, False, True, stop_when=lambda tag, vr, length: tag >= 0x30000)
+        meta = read_dataset(fp, False, True, stop_when=lambda tag, vr, length: int.__ge__(tag, 0x30000))
         syntax, kind = (uids.UID(str(meta.get(k) or '')) for k in ('TransferSyntaxUID', 'MediaStorageSOPClassUID'))
     if not syntax: raise ValueError(f'{label}: it does not name its transfer syntax')
     if syntax != uids.DeflatedExplicitVRLittleEndian: return syntax, kind, fp
@@ -94,36 +111,50 @@ def _open(raw, label):
     if engine.unconsumed_tail: raise ValueError(f'{label}: it is deflated by more than {MAX_RATIO} : 1, which no image reaches')
     return syntax, kind, io.BytesIO(plain)
 
-# %% ../nbs/001_dicom.ipynb #6ad8d033
-_TAGS = [tag_for_keyword(k) for k in (
+# %% ../nbs/001_dicom.ipynb #62ab9281
+_TAGS = {tag_for_keyword(k): k for k in (
     'ImageType SOPInstanceUID SyntheticData Modality SliceThickness SeriesInstanceUID FrameOfReferenceUID '
     'ImagePositionPatient ImageOrientationPatient PixelSpacing NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation '
     'BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleIntercept RescaleSlope RescaleType '
-    'ModalityLUTSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence').split()]
-_NOT_IMAGES = {uids.SegmentationStorage, uids.RTDoseStorage, uids.ParametricMapStorage}
+    'ModalityLUTSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence').split()}
 
-def _little_and_implicit(syntax): return syntax == uids.ImplicitVRLittleEndian, syntax != uids.ExplicitVRBigEndian
+def _implicit_and_little(syntax): return syntax == uids.ImplicitVRLittleEndian, syntax != uids.ExplicitVRBigEndian
 
-def _parse(raw, label):
-    "(transfer syntax, class, the tags before the pixels, where the pixels begin, None if not in these bytes)."
+def _values(ds, known):
+    "Keyword -> value of the tags of `_TAGS`. The slices of a series say mostly the same, so what was converted once is looked up."
+    values = {}
+    for tag, e in ds.items():
+        if isinstance(e, RawDataElement):
+            key = e._replace(value_tell=0)
+            if key not in known: known[key] = convert_raw_data_element(e).value
+            value = known[key]
+        else: value = e.value
+        if tag in _TAGS: values[_TAGS[tag]] = value
+    return values
+
+def _parse(raw, label, known):
+    "(transfer syntax, class, values of the tags before the pixels, where the pixels begin, None if not in these bytes)."
     syntax, kind, fp = _open(raw, label)
     with _readable(label):
-        ds = read_dataset(fp, *_little_and_implicit(syntax), stop_when=lambda tag, vr, length: tag >= 0x7FE00000, specific_tags=_TAGS)
+        ds = read_dataset(fp, *_implicit_and_little(syntax), stop_when=lambda tag, vr, length: int.__ge__(tag, 0x7FE00000), specific_tags=list(_TAGS))
         at = fp.tell()
-        return syntax, kind, ds, at if fp.read(2) in (b'\x7f\xe0', b'\xe0\x7f') else None
+        return syntax, kind, _values(ds, known), at if fp.read(2) in (b'\x7f\xe0', b'\xe0\x7f') else None
+
+# %% ../nbs/001_dicom.ipynb #c493ec39
+_NOT_IMAGES = {uids.SegmentationStorage, uids.RTDoseStorage, uids.ParametricMapStorage}
 
 @dataclass(frozen=True)
 class _Header:
     file: _File  # where the rest is read
     syntax: str  # transfer syntax
-    ds: Dataset  # the tags of `_TAGS`
+    ds: dict  # keyword -> value of the tags of `_TAGS`
     at: int  # where the pixels begin
     series: str; instance: str; body: str  # UIDs of the series, of the image, of the frame of reference
     modality: str
     shape: tuple  # (frames, rows, columns)
     simulated: bool
 
-def _look(file):
+def _look(file, known):
     "The header of one file, or a word for why it is passed over."
     for n in (1 << 14, 1 << 20, None):
         raw = file.read(n)
@@ -132,7 +163,7 @@ def _look(file):
         if raw[128:132] != b'DICM':
             if _something_else(file.name, raw): return 'not DICOM'
             raise ValueError(f'{file.label}: not a DICOM file, the mark DICM is missing')
-        try: syntax, kind, ds, at = _parse(raw, file.label)
+        try: syntax, kind, ds, at = _parse(raw, file.label, known)
         except ValueError:
             if whole: raise
         else:
@@ -141,21 +172,23 @@ def _look(file):
         if kind in _NOT_IMAGES or at is None and kind and 'Image Storage' not in kind.name: return 'DICOM but no image'
         if 'LOCALIZER' in (ds.get('ImageType') or ()): return 'localizer'
         texts = [str(ds.get(k) or '') for k in ('SeriesInstanceUID', 'SOPInstanceUID', 'FrameOfReferenceUID', 'Modality')]
-        shape, simulated = tuple(int(ds.get(k) or n) for k, n in (('NumberOfFrames', 1), ('Rows', 0), ('Columns', 0))), ds.get('SyntheticData') == 'YES'
+        shape, simulated = tuple(int(ds.get(k) or n) for k, n in dict(NumberOfFrames=1, Rows=0, Columns=0).items()), ds.get('SyntheticData') == 'YES'
     if at is None: raise ValueError(f'{file.label}: an image without pixels, it is cut short')
     if min(shape) < 1: raise ValueError(f'{file.label}: {shape[0]} frames of {shape[2]} x {shape[1]} pixels, expected at least one of each')
     if not re.fullmatch('[0-9.]{0,64}', texts[0]): raise ValueError(f'{file.label}: its series UID is not a UID')
     return _Header(file, syntax, ds, at, *texts, shape, simulated)
 
-# %% ../nbs/001_dicom.ipynb #51c33c0a
+# %% ../nbs/001_dicom.ipynb #1eb08db7
 def _headers(files, source, time_limit):
     "Series UID -> its headers, in the order of the files."
-    series, passed = {}, Counter()
-    for found in in_time([lambda f=f: _look(f) for f in files], time_limit, lambda k: files[k].label):
+    series, passed, known = {}, Counter(), {}
+    for found in in_time([lambda f=f: _look(f, known) for f in files], time_limit, lambda k: files[k].label):
         if isinstance(found, str): passed[found] += 1
         else: series.setdefault(found.series, []).append(found)
-    if not series: raise ValueError(f'{source}: no DICOM image; passed over: ' + (', '.join(f'{n} x {word}' for word, n in passed.items()) or 'nothing'))
-    if len(series.get('', ())) > 1: raise ValueError(f'{source}: {len(series[""])} images without a series UID, so nothing says that they belong together')
+    if not series:
+        raise ValueError(f'{source}: no DICOM image; passed over: ' + (', '.join(f'{n} x {word}' for word, n in passed.items()) or 'nothing'))
+    if len(series.get('', ())) > 1:
+        raise ValueError(f'{source}: {len(series[""])} images without a series UID, so nothing says that they belong together')
     return series
 
 def _in_words(uid, headers):
@@ -183,7 +216,7 @@ def series_of(
             found[uid] = dict(images=sum(h.shape[0] for h in headers), matrix=headers[0].shape[:0:-1], spacing=spacing and spacing[::-1])
         return found
 
-# %% ../nbs/001_dicom.ipynb #1f1500ad
+# %% ../nbs/001_dicom.ipynb #b6bd47df
 @dataclass(frozen=True)
 class _Frame:
     header: _Header  # its file
@@ -211,7 +244,7 @@ def _places(header):
     ds, n, label = header.ds, header.shape[0], header.file.label
     with _readable(label, 'its functional groups cannot be read'):
         own = ds.get('PerFrameFunctionalGroupsSequence') or []
-        shared = _flat(ds.SharedFunctionalGroupsSequence[0]) if own and ds.get('SharedFunctionalGroupsSequence') else {}
+        shared = _flat(ds['SharedFunctionalGroupsSequence'][0]) if own and ds.get('SharedFunctionalGroupsSequence') else {}
         tags = [shared | _flat(item) for item in own] or [ds]
     if len(tags) != n: raise ValueError(f'{label}: {n} frames and {len(own)} functional groups, so nothing says where each frame lies')
     with _readable(label, 'its position, orientation, spacing or rescaling is not made of finite numbers'):
@@ -221,20 +254,14 @@ def _places(header):
                        *(_numbers(t.get('SliceThickness'), 1) or (None,)), (str(t.get('StackID')), str(t.get('TemporalPositionIndex'))))
                 for k, t in enumerate(tags)]
 
-@contextmanager
-def _quiet():
-    "pydicom warns about odd values by quoting them; a value may be a name."
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield
-
-# %% ../nbs/001_dicom.ipynb #11abb3ae
+# %% ../nbs/001_dicom.ipynb #bcede0c2
 def _all_equal(frames, source):
     "Refuse frames that differ in what one grid has only once."
     n = len(frames)
     sizes, bodies = Counter(f.header.shape[:0:-1] for f in frames), len({f.header.body for f in frames})
     groups = [len({f.group[i] for f in frames}) for i in (0, 1)]
-    if len(sizes) > 1: raise ValueError(f'{source}: images of different size in one series, ' + ', '.join(f'{m} of {x} x {y}' for (x, y), m in sizes.items()))
+    if len(sizes) > 1:
+        raise ValueError(f'{source}: images of different size in one series, ' + ', '.join(f'{m} of {x} x {y}' for (x, y), m in sizes.items()))
     if bodies > 1: raise ValueError(f'{source}: {bodies} frames of reference in one series, so the positions cannot be compared')
     for many, what in zip(groups, ('stacks', 'time points')):
         if many > 1: raise ValueError(f'{source}: {many} {what} in one series of {n} images, expected one')
@@ -243,7 +270,8 @@ def _all_equal(frames, source):
     spacing = np.array([f.spacing for f in frames])
     if spacing.min() <= 0: raise ValueError(f'{source}: a pixel spacing of {spacing.min():g} mm, expected more than 0')
     if (np.ptp(spacing, 0) > 1e-4*spacing[0]).any():
-        raise ValueError(f'{source}: pixel spacings from {spacing.min(0)[0]:g} x {spacing.min(0)[1]:g} to {spacing.max(0)[0]:g} x {spacing.max(0)[1]:g} mm in one series')
+        least, most = (f'{a:g} x {b:g}' for a, b in (spacing.min(0), spacing.max(0)))
+        raise ValueError(f'{source}: pixel spacings from {least} to {most} mm in one series')
 
 def _directions(frames, source):
     "Directions along a row, down a column (as the files say, to the digits they give) and along the stack, if all frames agree on them."
@@ -255,7 +283,7 @@ def _directions(frames, source):
     normal = np.cross(*uv[0])
     return *uv[0], normal/np.linalg.norm(normal)
 
-# %% ../nbs/001_dicom.ipynb #58a2f6ce
+# %% ../nbs/001_dicom.ipynb #d1bc5e8f
 def _grid(frames, source):
     "The frames in the order of their places, and the affine (index along a row, down a column, along the stack) to LPS mm."
     _all_equal(frames, source)
@@ -266,11 +294,14 @@ def _grid(frames, source):
     along = places @ normal
     step, start = frames[0].thickness if frames[0].thickness and frames[0].thickness > 0 else 1., along[0]
     if n > 1:
-        gaps, (step, start) = np.diff(along), np.polyfit(np.arange(n), along, 1)
+        gaps, k = np.diff(along), np.arange(n) - (n - 1)/2
+        step = k @ along/(k @ k)                                       # of the best straight line
+        start = along.mean() + step*k[0]
         if (twice := np.flatnonzero(gaps < 1e-3)).size:
             a, b = (frames[k].header for k in (twice[0], twice[0] + 1))
             why = 'a copy' if a.instance == b.instance else 'several time points or echoes, or a copy'
-            raise ValueError(f'{source}: {twice.size} of {n} images lie where another one lies, the first at {along[twice[0]]:.2f} mm along the stack: {why}')
+            where = f'the first at {along[twice[0]]:.2f} mm along the stack'
+            raise ValueError(f'{source}: {twice.size} of {n} images lie where another one lies, {where}: {why}')
         if abs(along - start - step*np.arange(n)).max() > .1*step:
             usual = np.median(gaps)
             k = int(abs(gaps - usual).argmax())
@@ -278,12 +309,13 @@ def _grid(frames, source):
         aside = np.linalg.norm(places - places[0] - np.outer(along - along[0], normal), axis=1)
         if aside.max() > .25*min(frames[0].spacing):
             tilt = np.degrees(np.arctan2(aside[-1], along[-1] - along[0]))
-            raise ValueError(f'{source}: slices lie up to {aside.max():.1f} mm aside of the first, a gantry tilt of {tilt:.1f} degrees; the volume would be sheared')
+            raise ValueError(f'{source}: slices lie up to {aside.max():.1f} mm aside of the first, a gantry tilt of {tilt:.1f} degrees; '
+                             'the volume would be sheared')
     (down, across), affine = frames[0].spacing, np.eye(4)
     affine[:3] = np.stack([u*across, v*down, normal*step, places[0] + (start - along[0])*normal], 1)
     return frames, affine
 
-# %% ../nbs/001_dicom.ipynb #a1f15260
+# %% ../nbs/001_dicom.ipynb #312b49ea
 @dataclass(frozen=True)
 class _Pixels:
     dtype: np.dtype  # of the stored numbers
@@ -299,7 +331,7 @@ def _pixels(header, rescaled):
         allocated, signed = int(ds.get('BitsAllocated') or 0), bool(ds.get('PixelRepresentation') or 0)
         bits = int(ds.get('BitsStored') or allocated)
         top, modality, unit = int(ds.get('HighBit', bits - 1)), header.modality, str(ds.get('RescaleType') or 'US')
-        edges = [ds[k].value for k in ('PixelPaddingValue', 'PixelPaddingRangeLimit') if ds.get(k) is not None]
+        edges = [ds[k] for k in ('PixelPaddingValue', 'PixelPaddingRangeLimit') if ds.get(k) is not None]
         edges = [int.from_bytes(e, 'little') if isinstance(e, bytes) else int(e) for e in edges]
     if samples != 1 or photometric not in ('MONOCHROME1', 'MONOCHROME2'):
         raise ValueError(f'{label}: a colour image ({samples} sample{"s"[:samples != 1]} a pixel), expected one grey number')
@@ -314,9 +346,9 @@ def _pixels(header, rescaled):
                    photometric == 'MONOCHROME1' and modality not in ('CT', 'PT') and unit == 'US',
                    (edges[0], edges[-1]) if edges else None, -1024 if modality == 'CT' else 0)
 
-# %% ../nbs/001_dicom.ipynb #801f300f
+# %% ../nbs/001_dicom.ipynb #9fccb324
 def _in_units(stored, pixels, frame):
-    "The numbers of one frame in their unit: whole numbers stay whole (int32 or int64), others are float64."
+    "The numbers of one frame in their unit: whole numbers stay whole (int16, int32 or int64), others are float64."
     air, label = None, frame.header.file.label
     if pixels.padding:
         air = (stored >= pixels.padding[0]) & (stored <= pixels.padding[1])
@@ -327,16 +359,21 @@ def _in_units(stored, pixels, frame):
         if lowest < 0 or pixels.low == 0 or highest > pixels.high - pixels.low:
             raise ValueError(f'{label}: pixels hold {lowest}..{highest}, its bits can hold {pixels.low}..{pixels.high}')
         stored = (stored ^ -pixels.low) + pixels.low                                             # spread the sign
+        lowest, highest = int(stored.min()), int(stored.max())
     if pixels.inverted: stored = pixels.low + pixels.high - stored.astype(np.int64)
     slope, intercept = frame.slope, frame.intercept
-    if slope.is_integer() and intercept.is_integer() and abs(slope) < 1 << 14 and abs(intercept) < 1 << 30:
+    whole = slope.is_integer() and intercept.is_integer() and abs(slope) < 1 << 14 and abs(intercept) < 1 << 30
+    fits = -32768 <= min(intercept, lowest + intercept) and max(intercept, highest + intercept) <= 32767
+    if whole and slope == 1 and stored.itemsize == 2 and fits:
+        values = stored.view('<i2') + np.int16(intercept)                                        # modulo 2**16, and the sum fits
+    elif whole:
         values = np.multiply(stored, int(slope), dtype=np.int32 if stored.itemsize < 4 else np.int64)
         values += int(intercept)
     else: values = stored*slope + intercept
     if air is not None: values[air] = pixels.air
     return values
 
-# %% ../nbs/001_dicom.ipynb #06742849
+# %% ../nbs/001_dicom.ipynb #decac734
 def _check_size(headers, source):
     "Refuse what declares more pixels than its bytes can hold, before memory is asked for."
     declared = stored = 0
@@ -346,7 +383,8 @@ def _check_size(headers, source):
         if h.syntax in (uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian, uids.ExplicitVRBigEndian) and need > left:
             raise ValueError(f'{h.file.label}: cut short, {need} bytes of pixels declared and {left} in the file')
         declared, stored = declared + need, stored + h.file.size
-    if is_bomb(declared, stored): raise ValueError(f'{source}: {declared >> 20} MiB of pixels declared by {stored} bytes, more than {MAX_RATIO} : 1, which no images reach')
+    if is_bomb(declared, stored):
+        raise ValueError(f'{source}: {declared >> 20} MiB of pixels declared by {stored} bytes, more than {MAX_RATIO} : 1, which no images reach')
 
 def _stored(header, pixels, raw):
     "The stored numbers of one file, (frames, rows, columns)."
@@ -354,13 +392,13 @@ def _stored(header, pixels, raw):
     if header.syntax in (uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian, uids.DeflatedExplicitVRLittleEndian):
         fp = _open(raw, label)[2] if header.syntax == uids.DeflatedExplicitVRLittleEndian else io.BytesIO(raw)
         fp.seek(header.at)
-        with _readable(label): content = read_dataset(fp, *_little_and_implicit(header.syntax)).get_item(0x7FE00010).value
+        with _readable(label): content = read_dataset(fp, *_implicit_and_little(header.syntax)).get_item(0x7FE00010).value
         need = math.prod(shape)*pixels.dtype.itemsize
         if len(content) < need: raise ValueError(f'{label}: cut short, {len(content)} of {need} bytes of pixels')
         return np.frombuffer(content, pixels.dtype, math.prod(shape)).reshape(shape)
     name = header.syntax.name if header.syntax in uids.UID_dictionary else 'an unknown transfer syntax'
     with _readable(label, f'its pixels, stored as {name}, cannot be decoded here'):
-        return pydicom.dcmread(io.BytesIO(raw)).pixel_array.reshape(shape)
+        return pydicom.dcmread(io.BytesIO(raw)).pixel_array.reshape(shape).astype(pixels.dtype, copy=False)
 
 # %% ../nbs/001_dicom.ipynb #7c34938a
 _PLACED = ('CT', 'MR', 'PT')
@@ -414,7 +452,7 @@ def read_dicom(
     if all(h.simulated for h in headers): img.header['descrip'] = 'SIMULATED'
     return img
 
-# %% ../nbs/001_dicom.ipynb #b6708e4b
+# %% ../nbs/001_dicom.ipynb #77efcf64
 _WRITTEN = dict(CT=(uids.CTImageStorage, -1024, 'AXIAL'), MR=(uids.MRImageStorage, 0, 'OTHER'))
 
 def _laid_out(img, modality, what):
@@ -429,7 +467,8 @@ def _laid_out(img, modality, what):
     if data.min() - intercept < -32768 or data.max() - intercept > 32767:
         raise ValueError(f'{what}: values {data.min():g}..{data.max():g} do not fit into 16 bits')
     unit = affine[:3, :3]/np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.allclose(unit.T @ unit, np.eye(3), atol=1e-4): raise ValueError(f'{what}: the axes of the affine are not at right angles, which DICOM cannot express')
+    if not np.allclose(unit.T @ unit, np.eye(3), atol=1e-4):
+        raise ValueError(f'{what}: the axes of the affine are not at right angles, which DICOM cannot express')
     return (data.astype(np.int32) - intercept).astype('<i2'), affine, unit
 
 def _common(modality, series, study, body, affine, unit, shape):
@@ -442,7 +481,8 @@ def _common(modality, series, study, body, affine, unit, shape):
     ds.DerivationDescription = 'SIMULATED by sbldm_nb, of no patient; not for diagnosis'
     ds.PatientName = ds.PatientID = 'SIMULATED'
     for tag in ('PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName PositionReferenceIndicator '
-                'AcquisitionNumber Manufacturer ' + dict(CT='KVP', MR='ScanningSequence SequenceVariant EchoTime')[modality]).split(): setattr(ds, tag, '')
+                'AcquisitionNumber Manufacturer ' + dict(CT='KVP', MR='ScanningSequence SequenceVariant EchoTime')[modality]).split():
+        setattr(ds, tag, '')
     ds.StudyInstanceUID, ds.FrameOfReferenceUID, ds.SeriesInstanceUID, ds.SeriesNumber = study, body, uids.generate_uid(prefix=None), 1
     ds.ImageOrientationPatient = [format_number_as_ds(float(n)) for n in (*unit[:, 0], *unit[:, 1])]
     ds.PixelSpacing = [format_number_as_ds(float(n)) for n in spacing[1::-1]]
@@ -517,7 +557,7 @@ def _technical(ds):
             if words != ['OTHER']: setattr(new, e.keyword, words if e.VM > 1 else words[0])
     return new
 
-# %% ../nbs/001_dicom.ipynb #c2f3beb8
+# %% ../nbs/001_dicom.ipynb #e35ef8a4
 def deidentify(
     ds: Dataset,  # a grey image as pydicom reads it, with its file meta information
     patient: str | None = None,  # whose it is; None: its PatientID
@@ -529,7 +569,8 @@ def deidentify(
             identity = str(patient if patient is not None else ds.get('PatientID') or '').strip()
             primary = ds.get('Modality') in _PLACED and 'SECONDARY' not in (ds.get('ImageType') or ())
         if burned == 'YES' or burned != 'NO' and not primary:
-            raise ValueError('the data set: names may be burned into its pixels, ' + ('it says so' if burned == 'YES' else 'it does not say that there are none'))
+            why = 'it says so' if burned == 'YES' else 'it does not say that there are none'
+            raise ValueError(f'the data set: names may be burned into its pixels, {why}')
         if new.get('SamplesPerPixel') != 1: raise ValueError('the data set: expected a grey image')
         if not identity: raise ValueError('the data set: it has no PatientID, so say whose it is by `patient`')
         with _readable('the data set', 'its pixels cannot be decoded'): pixels = ds.pixel_array

@@ -139,7 +139,7 @@ def _why_not(member):
 
 def _visible(name): return not any(part.startswith('.') or part == '__MACOSX' for part in PurePosixPath(name).parts)
 
-# %% ../nbs/000_files.ipynb #25433cf0
+# %% ../nbs/000_files.ipynb #b2cf7983
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, NotImplementedError, OverflowError, RuntimeError)
 
 def zip_members(
@@ -150,7 +150,7 @@ def zip_members(
 
     Raises `ValueError` for what is not a zip, is cut short, encrypted, oversized, or holds names that leave the archive."""
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
+    if not os.path.isfile(path): raise FileNotFoundError(f'{path}: no such file')
     try:
         with zipfile.ZipFile(path) as z: table = sorted(z.infolist(), key=lambda m: m.filename)
     except DAMAGED as e: raise ValueError(f'{path}: not a readable zip archive, it is damaged or cut short ({type(e).__name__})') from None
@@ -170,7 +170,7 @@ def zip_members(
         raise ValueError(f'{path}: holds {what}' + (f' in the folder {inside!r}' if folder else ''))
     return plain
 
-# %% ../nbs/000_files.ipynb #4b00fc99
+# %% ../nbs/000_files.ipynb #87eefb87
 def read_member(
     archive: zipfile.ZipFile,  # open for reading
     member: zipfile.ZipInfo,  # one of `zip_members`
@@ -188,7 +188,7 @@ def split_zip(
     "Where a path leads into an archive: the first part of it that is an existing .zip file."
     path = Path(path)
     for p in (*path.parents[::-1], path):
-        if p.suffix.lower() == '.zip' and p.is_file(): return p, path.relative_to(p).as_posix() if p != path else ''
+        if p.suffix.lower() == '.zip' and os.path.isfile(p): return p, path.relative_to(p).as_posix() if p != path else ''
 
 # %% ../nbs/000_files.ipynb #1ec1756c
 def in_time(

@@ -6,8 +6,8 @@
 __all__ = ['to_ras', 'make_image', 'read_image', 'write_image', 'spacing_of', 'resample', 'Intensity', 'split_patients',
            'crop_or_pad', 'z_of_slices', 'pick_slices']
 
-# %% ../nbs/003_images.ipynb #1efa0728
-import gzip, hashlib, io, itertools, logging, math, os, warnings
+# %% ../nbs/003_images.ipynb #d99e2799
+import gzip, hashlib, io, itertools, logging, math, os, struct, warnings, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,14 +67,14 @@ def _which_volume(path, shape, volume):
     if volume is not None and not 0 <= volume < n: raise ValueError(f'{path}: volume {volume} is wanted, the file holds 0 to {n - 1}')
     return volume or 0
 
-# %% ../nbs/003_images.ipynb #3a3b8205
+# %% ../nbs/003_images.ipynb #9b03b9fc
 @contextmanager
 def _damage(path, kind):
     "Whatever a reader of damaged bytes raises becomes one sentence that begins with the file's name."
     try: yield
     except Exception as e:
         if str(e).startswith(f'{path}: '): raise
-        raise ValueError(f'{path}: not a readable {kind}, it is damaged or cut short ({type(e).__name__})') from e
+        raise ValueError(f'{path}: not a readable {kind}, it is damaged or cut short ({type(e).__name__})') from None
 
 def _voxels(f, count, dtype, slope, inter, step=2**20):
     "The next `count` voxels of an open file in float32, `step` at a time."
@@ -102,11 +102,30 @@ def _read_nifti(path, volume=None):
         if packed and len(f.read(2**20)) == 2**20: raise ValueError(f'{path}: it holds more than its header declares')
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise ValueError(f'{path}: the affine cannot be inverted, so the voxels have no place')
+    spacing = nib.affines.voxel_sizes(affine)
+    if spacing.min() < 1e-4 or spacing.max() > 1e4 or np.abs(affine).max() > 1e6:
+        raise ValueError(f'{path}: a spacing of {spacing.tolist()} mm at {affine[:3, 3].tolist()} mm is no place in a scanner')
     if not (header['sform_code'] or header['qform_code']):
         warnings.warn(f'{path}: the header holds no orientation, so left and right are a guess', stacklevel=3)
     return to_ras(make_image(data.reshape(shape[:3], order='F'), affine, header))
 
-# %% ../nbs/003_images.ipynb #bd025731
+# %% ../nbs/003_images.ipynb #4063d1e2
+_ADAM7 = (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)   # first x, first y, step x, step y
+
+def _count_pixels(raw):
+    "An error if a PNG file holds fewer bytes of pixels than its header promises."
+    at, packed = 8, b''
+    while at < len(raw):
+        n, name = struct.unpack('>I4s', raw[at:at + 8])
+        if name == b'IHDR': w, h, bits, colour, *_, interlaced = struct.unpack('>IIBBBBB', raw[at + 8:at + 21])
+        if name == b'IDAT': packed += raw[at + 8:at + 8 + n]
+        at += 12 + n
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    sizes = [(-(-(w - x)//dx), -(-(h - y)//dy)) for x, y, dx, dy in (_ADAM7 if interlaced else [(0, 0, 1, 1)])]
+    wanted = sum(rows*(1 + -(-columns*bits//8)) for columns, rows in sizes if columns > 0)
+    if len(zlib.decompressobj().decompress(packed, wanted)) < wanted: raise EOFError
+
+# %% ../nbs/003_images.ipynb #22fea4e5
 def _read_picture(path):
     with _damage(path, 'picture'), warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
@@ -115,16 +134,20 @@ def _read_picture(path):
             p = ImageOps.exif_transpose(f)
         deep = p.mode.startswith('I')
         rows = np.asarray(p if deep else p.convert('L'), dtype=np.float32)
+        if f.format == 'PNG': _count_pixels(path.read_bytes())
     img = nib.Nifti1Image(np.ascontiguousarray(rows.T[::-1, ::-1, None]), np.eye(4))
     img.header['cal_max'] = 65535 if deep else 255
     return img
 
-# %% ../nbs/003_images.ipynb #7bf8e94a
+# %% ../nbs/003_images.ipynb #d3a6ae88
 def _kind(path):
     "How a path is read: 'nifti', 'picture' or 'dicom'; what is missing, empty or unknown is an error."
-    if path.is_dir() or split_zip(path): return 'dicom'
     known = path.name.lower().endswith(NIFTI + PICTURES)
-    if not path.is_file():
+    try:
+        if path.is_dir() or split_zip(path): return 'dicom'
+        there = path.is_file()
+    except (OSError, ValueError): there = False                       # a name that no file can have
+    if not there:
         if not known and path.suffix.lower() != '.dcm': image_suffix(path)
         raise FileNotFoundError(f'{path}: no such file')
     if path.stat().st_size == 0: raise ValueError(f'{path}: the file is empty (0 bytes)')
@@ -249,7 +272,7 @@ class Intensity:
     @classmethod
     def from_dict(cls, d: dict) -> 'Intensity': return cls(**d)
 
-# %% ../nbs/003_images.ipynb #6588ec24
+# %% ../nbs/003_images.ipynb #15977a7e
 def split_patients(
     ids,  # one id a patient, any order
     fractions: tuple[float, float, float] = (.8, .1, .1),  # of train, valid, test; they sum to 1
@@ -263,7 +286,7 @@ def split_patients(
         raise ValueError(f'expected three fractions that sum to 1, got {fractions}')
     wanted = np.array(fractions) > 0
     if len(ids) < wanted.sum(): raise ValueError(f'a split would be empty: {len(ids)} patients for {wanted.sum()} splits')
-    ranking = sorted(ids, key=lambda i: hashlib.sha256(f'{seed}:{i}'.encode()).digest())
+    ranking = sorted(ids, key=lambda i: hashlib.sha256(f'{seed}:{i}'.encode(errors='surrogatepass')).digest())
     counts = np.maximum(np.diff(np.rint(np.cumsum((0, *fractions))*len(ids)).astype(int)), wanted)
     while counts.sum() > len(ids): counts[counts.argmax()] -= 1
     ends = np.cumsum(counts)

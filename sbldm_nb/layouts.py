@@ -94,7 +94,7 @@ class Tree:
 
     def ending(self, *suffixes): return [p for p in self.usable if p.name.lower().endswith(suffixes)]
 
-# %% ../nbs/002_layouts.ipynb #53f32cc2
+# %% ../nbs/002_layouts.ipynb #96ddd6e4
 def _kind(path):
     name = path.name.lower()
     if name.endswith(('.zip', '.tar', '.gz', '.tgz', '.7z', '.rar')) and not name.endswith(NIFTI): return 'archive that is not unpacked'
@@ -106,8 +106,8 @@ def _found(layout, tree, cases, reasons={}, read=(), rows=()):
     places = {}
     for c in cases: places.setdefault(c.patient, set()).add(c.split)
     if torn := [k for k, p in enumerate(sorted(places), 1) if len(places[p]) > 1]:
-        raise ValueError(f'{tree.folder}: {len(torn)} of {_count(len(places), "patient")}, as names or a table tell them, on two sides of the split into train, '
-                         f'valid and test that its folders make, the first of them number {torn[0]} in the order of names')
+        raise ValueError(f'{tree.folder}: {len(torn)} of {_count(len(places), "patient")}, as names or a table tell them, on two sides of the split into '
+                         f'train, valid and test that its folders make, the first of them number {torn[0]} in the order of names')
     used, n = {p for c in cases for p in c.files.values()} | set(read), len(tree.paths)
     left = [(f'file {k} of {n}', tree.refused.get(p) or reasons.get(p) or _kind(p)) for k, p in enumerate(tree.paths, 1) if p not in used]
     return Found(layout, tree.folder, tuple(sorted(cases, key=lambda c: c.id)), (*left, *rows))
@@ -289,7 +289,7 @@ def find_decathlon(
             cases.append(Case(name, name, files, split=split, volumes=dict(volumes)))
     return _found('decathlon', tree, cases, read=[path], rows=left)
 
-# %% ../nbs/002_layouts.ipynb #9937a34e
+# %% ../nbs/002_layouts.ipynb #8c262664
 def find_nifti(
     tree: Tree,  # what there is
 ) -> Found | None:  # roles t1, tissue, hippocampus
@@ -306,7 +306,8 @@ def find_nifti(
         groups |= {t.parent/row['id']: (row['group'] or None, f'row {k} of {len(rows)}') for k, row in enumerate(rows, 1)}
     people = {d: files for d, files in people.items() if len(files) > 1 or d in groups}
     missing = [(row, 'its images are not there') for d, (_, row) in groups.items() if d not in people]
-    cases = [Case(d.relative_to(tree.folder).as_posix(), d.name, files, groups.get(d, (None,))[0], tree.split_of(files[min(files)])) for d, files in people.items()]
+    cases = [Case(d.relative_to(tree.folder).as_posix(), d.name, files, groups.get(d, (None,))[0], tree.split_of(files[min(files)]))
+             for d, files in people.items()]
     return _found('nifti', tree, cases, reasons, read=tables, rows=missing)
 
 # %% ../nbs/002_layouts.ipynb #a580b75c
@@ -336,7 +337,7 @@ def find_ct_pairs(
         cases.append(Case(place, z.stem if names[z.stem] == 1 else place, dict(zip(('thick', 'thin'), pairs[z])), label, tree.split_of(z)))
     return _found('ct_pairs', tree, cases, {z: p for z, p in pairs.items() if isinstance(p, str)}, read=good)
 
-# %% ../nbs/002_layouts.ipynb #fe0e3207
+# %% ../nbs/002_layouts.ipynb #caca32ae
 def find_rplhr(
     tree: Tree,  # what there is
 ) -> Found | None:  # roles thin (1mm), thick (5mm)
@@ -350,10 +351,11 @@ def find_rplhr(
             if role in pairs.setdefault(key, {}): reasons[p] = 'second file of one role'
             else: pairs[key][role] = p
     if not any(len(files) == 2 for files in pairs.values()): return None
-    cases = [Case((d/names[d, n]).relative_to(tree.folder).as_posix(), names[d, n], files, split=tree.split_of(files[min(files)])) for (d, n), files in pairs.items()]
+    cases = [Case((d/names[d, n]).relative_to(tree.folder).as_posix(), names[d, n], files, split=tree.split_of(files[min(files)]))
+             for (d, n), files in pairs.items()]
     return _found('rplhr', tree, cases, reasons)
 
-# %% ../nbs/002_layouts.ipynb #c6bccecb
+# %% ../nbs/002_layouts.ipynb #250c3b6c
 _NO_ARRAY = (ValueError, OSError, EOFError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError, RecursionError, tokenize.TokenError)
 
 def _mapped(path):
@@ -379,8 +381,8 @@ def find_latents(
     reasons = {p: 'array without four axes, or damaged' for p in arrays if p not in four}
     if not four or len(tree.ending(*NIFTI, *PICTURES)) > len(four): return None
     listed = _listed('latents', tree, 'latent', lambda rows: all(row['path'].lower().endswith('.npy') for row in rows))
-    cases = listed.cases if listed else [Case(p.relative_to(tree.folder).as_posix(), patient_of(f'{p.stem}.nii'), {'latent': p}, split=tree.split_of(p)) for p in four]
-    cases = [c for c in cases if c.files['latent'] in four]
+    named = [Case(p.relative_to(tree.folder).as_posix(), patient_of(f'{p.stem}.nii'), {'latent': p}, split=tree.split_of(p)) for p in four]
+    cases = [c for c in (listed.cases if listed else named) if c.files['latent'] in four]
     tables = [t for t in tree.ending('.csv') if listed and _table(tree, t, COLUMNS)]
     return _found('latents', tree, cases, reasons, read=tables, rows=[x for x in listed.left_out if x[0].startswith('row')] if listed else ())
 

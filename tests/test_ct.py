@@ -165,8 +165,8 @@ def test_the_head_is_whole_and_in_the_field(seed):
     hu = pseudo_ct(seed, shape=(64, 64, 50), spacing=(3.6, 3.6, 3.)).get_fdata()
     for side in (hu[0], hu[-1], hu[:, 0], hu[:, -1], hu[:, :, -1]): assert side.max() < -900
     assert (hu[:, :, -6:] > -500).any()                                       # the vertex is near the top
-    skull = ndimage.label(hu > 300)[1]
-    assert skull >= 1 and ndimage.binary_fill_holes(hu[:, :, 30] > 250).sum() > 2 * (hu[:, :, 30] > 250).sum()
+    bone = hu[:, :, 30] > 120                                                 # with partial volume: a closed ring
+    assert ndimage.binary_fill_holes(bone).sum() > 2.5 * bone.sum()
 
 
 def test_groups_share_bone_and_skin(head):
@@ -175,7 +175,7 @@ def test_groups_share_bone_and_skin(head):
     x = apply_affine(head.affine, differs)[:, 0]
     assert 0 < len(differs) < .05 * ill.size and np.mean(x > 0) > .95         # on the right
     hard = head.get_fdata() > 700
-    assert (ill[hard] != head.get_fdata()[hard]).mean() < .01
+    assert (ill[hard] > 400).mean() > .998
 
 
 @pytest.mark.parametrize('shape, spacing', [((0, 9, 9), (2, 2, 2)), ((9, 9), (2, 2, 2)), ((9, 9, 9), (2, 2, -1)), ((9, 9, 9), (2, 2, float('nan'))), ((9, 9, 9), (2, 2))])

@@ -140,7 +140,7 @@ def test_two_ranks_share_an_epoch_without_overlap(data, balanced):
     from accelerate.data_loader import prepare_data_loader
     seen = []
     for rank in range(2):
-        sampler = BalancedSampler([i % 11 == 0 for i in range(22)], 1, data) if balanced else None
+        sampler = BalancedSampler(data, 1, [i % 11 == 0 for i in range(22)]) if balanced else None
         shard = prepare_data_loader(loaders(data, data, 4, seed=1, sampler=sampler)[0], num_processes=2, process_index=rank, put_on_device=False,
                                     split_batches=False, dispatch_batches=False)
         shard.set_epoch(3)
@@ -164,7 +164,7 @@ def test_mirrors_and_sides_exclude_each_other():
 @pytest.mark.parametrize('counts', [(14, 3), (1, 1, 40), (5, 5, 5), (2, 3, 4, 5, 6), (100, 1)])
 def test_balanced_for_every_number_of_members(counts):
     classes = np.random.default_rng(0).permutation(np.repeat([f'c{k}' for k in range(len(counts))], counts))
-    sampler, seen = BalancedSampler(classes, seed=4), np.zeros(sum(counts), int)
+    sampler, seen = BalancedSampler(classes, 4, classes), np.zeros(sum(counts), int)
     for epoch in range(12):
         order = list(sampler)
         assert len(order) == len(sampler) >= sum(counts) and sampler.epoch == epoch
@@ -172,9 +172,9 @@ def test_balanced_for_every_number_of_members(counts):
         assert all(len(set(r)) == len(counts) for r in rounds)
         seen += np.bincount(order, minlength=len(classes))
         for c in set(classes): assert np.ptp(seen[classes == c]) <= 1
-    again = BalancedSampler(classes, seed=4)
+    again = BalancedSampler(classes, 4, classes)
     again.set_epoch(11)
-    assert list(again) == order != list(BalancedSampler(classes, seed=5))
+    assert list(again) == order != list(BalancedSampler(classes, 5, classes))
 
 
 # moves
@@ -345,7 +345,7 @@ def test_classes_have_one_number_in_all_splits(cache):
     train, valid = (CachedVolumes(cache, split, 't1') for split in ('train', 'valid'))
     assert train.classes == valid.classes == ['HC', 'TLE-L', 'TLE-R'] and len({c['label'] for c in valid.cases}) < 3
     assert [i['label'].item() for i in valid] == valid.labels == [valid.classes.index(c['label']) for c in valid.cases]
-    batch = next(iter(loaders(train, valid, 3, sampler=BalancedSampler(train.labels, dataset=train))[0]))
+    batch = next(iter(loaders(train, valid, 3, sampler=BalancedSampler(train))[0]))
     assert sorted(batch['label'].tolist()) == [0, 1, 2] and batch['image'].shape == (3, 1, 36, 46, 36)
 
 
@@ -362,6 +362,61 @@ def test_inpainting_known_voxels_survive_every_move(cache):
             used[i, int(data.hole(i)[-1])] += 1
     assert (used == 1).all()
     with pytest.raises(ValueError, match="lack the role 't1n'"): InpaintingTriples(cache, 'train')
+
+
+def test_nothing_of_a_hole_comes_through_the_interpolation(cache):
+    "What is in the holes is replaced; the voided images must stay the same bits, and the nearest mask would not do."
+    inside, other = holes(cache), holes(cache)
+    other.array = lambda case, role: np.where(inside.array(case, 'mask-000' + number) > 0, -inside.array(case, role), inside.array(case, role)) if role == 't1n' else inside.array(case, role)
+    law = Augment(affine=(15., .1, 5.), intensity=(.2, .2), noise=.05)
+    a, b = (InpaintingTriples(source, 'train', augment=law, seed=1) for source in (inside, other))
+    for i in range(len(a)):
+        number, mine = a.hole(i)[-1], a[i]
+        assert torch.equal(mine['voided'], b[i]['voided']) and not torch.equal(mine['image'], b[i]['image'])
+        mask = inside.array(a.cases[i], a.hole(i))
+        nearest = torch.from_numpy(law.draw(a.rng(i)).take(mask, (0, 0, 0), mask.shape, a.spacing(a.cases[i])))[None] > 0
+        leak = (mine['mask'] > 0) & ~nearest
+        assert (mine['mask'] >= nearest).all() and leak.any() and (mine['image'] != b[i]['image'])[leak].any()
+
+
+def test_weights_keep_away_from_what_nobody_knows(cache):
+    "Half of a hole is healthy: voxels in which the other half has a part weigh nothing, whatever the move."
+    class Halves:
+        def cases(self, split=None): return [c | dict(label=None, roles={r: c['roles']['t1'] for r in ('t1n', 'mask', 'mask-unhealthy')}) for c in cache.cases(split)]
+        def array(self, case, role):
+            full = np.zeros(cache.array(case['case'], 't1').shape, np.uint8)
+            if role == 't1n': return np.where(self.array(case, 'mask-unhealthy') > 0, 32767, -32767).astype(np.int16)
+            full[8:28, 8:28, 8:28] = 1
+            if role == 'mask-unhealthy': full[18:] = 0
+            return full
+    for item in InpaintingTriples(Halves(), 'train', augment=Augment(flips='xyz', affine=(30., .2, 5.)), seed=3):
+        assert item['weight'].sum() > 1000 and (item['image'][item['weight'] > 0] == -1).all() and (item['weight'] <= item['mask']).all()
+
+
+def test_what_cannot_be_is_refused_when_the_data_set_is_made(cache):
+    class NoGroups:
+        def cases(self, split=None): return [c | dict(label=None) for c in cache.cases(split)]
+        def array(self, case, role): return cache.array(case['case'], role)
+    turning, uneven = Augment(rot90=True), 'a quarter turn needs equal sides'
+    for make in (lambda: CachedVolumes(NoGroups(), None, 't1', turning), lambda: CachedSlices(NoGroups(), None, 't1', augment=turning),
+                 lambda: RandomPatches(NoGroups(), None, 't1', (8, 9, 8), augment=turning), lambda: ThickThinPairs([image(np.zeros((30, 30, 60)))], size=(16, 20), augment=turning),
+                 lambda: ThickThinPairs([image(np.zeros((30, 30, 60)), (1, 1.1, 1))], size=16, augment=turning)):
+        with pytest.raises(ValueError, match=uneven): make()
+    assert RandomPatches(NoGroups(), None, 't1', (8, 8, 9), augment=turning)[0]['image'].shape == (1, 8, 8, 9)
+    with pytest.raises(ValueError, match="10 of 10 cases lack the role 'seg'"): RandomPatches(cache, None, 't1', (8, 8, 8), foreground=('seg', .5))
+    for share in (-.1, 1.5):
+        with pytest.raises(ValueError, match='share of foreground from 0 to 1'): RandomPatches(cache, None, 't1', (8, 8, 8), foreground=('t1', share))
+    for make in (lambda: RandomPatches(cache, None, 't1', (8, 0, 8)), lambda: RandomPatches(cache, None, 't1', 8, 0), lambda: ThickThinPairs([image(np.zeros((30, 30, 60)))], size=0)):
+        with pytest.raises(ValueError, match='sizes and numbers of patches of 1 or more'): make()
+    with pytest.raises(ValueError, match='the classes of 10 items, got 9'): BalancedSampler(CachedVolumes(cache, None, 't1'), labels=[0, 1, 2]*3)
+    with pytest.raises(ValueError, match='names a side'): CachedVolumes(cache, None, 't1', Augment(affine=(90., 0., 0.)))
+
+
+def test_patches_larger_than_the_volume_hold_all_of_it(cache):
+    data = RandomPatches(cache, 'train', ('t1', 'hippocampus'), (40, 50, 61), foreground=('hippocampus', 1.))
+    for item, whole in zip(data, CachedVolumes(cache, 'train', ('t1', 'hippocampus'))):
+        assert torch.equal(item['image'][:, 2:38, 2:48, 13:49], whole['image']) and (item['image'] > -1).sum() == (whole['image'] > -1).sum()
+        assert torch.equal(item['hippocampus'][:, 2:38, 2:48, 13:49], whole['hippocampus'])
 
 
 # thick and thin

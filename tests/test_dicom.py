@@ -267,6 +267,15 @@ def test_links_pipes_and_missing_things(tmp_path):
     refused([tmp_path/'c'], 'a folder in a list of files')
 
 
+def test_files_that_the_system_will_not_give(tmp_path):
+    refused(['/proc/self/mem'], '/proc/self/mem (file 1 of 1): the file cannot be read (Input/output error)')
+    refused(tmp_path/('x'*300), 'no such file or folder', error=FileNotFoundError)
+    refused([tmp_path/('x'*300)], 'no such file', error=FileNotFoundError)
+    refused(tmp_path/('x'*300 + '.zip'), 'no such file or folder', error=FileNotFoundError)
+    long = save(tmp_path/('f'*200)/'Пациент', [ct_slice(k) for k in range(3)], 'снимок {}' + 'x'*200)
+    assert read_dicom(long).shape[2] == 3
+
+
 def test_a_file_that_never_answers(tmp_path):
     case = save(tmp_path/'c', [ct_slice(k) for k in range(3)])
     os.mkfifo(tmp_path/'pipe')

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from sbldm_nb.data import Cache, Intensity, foreground_box, prepare, preprocess, read_image, resample, spacing_of, write_image
+from sbldm_nb.dicom import write_dicom
 from sbldm_nb.files import pseudonym
 from sbldm_nb.layouts import Case, Found, discover
 
@@ -139,6 +140,59 @@ def test_rplhr_becomes_hounsfield(tmp_path):
         np.testing.assert_allclose(cache.image(c, 'thin').get_fdata(), hu, atol=.06)
         np.testing.assert_allclose(cache.image(c, 'thick').get_fdata(), hu[:, :, ::5], atol=.06)
     with pytest.raises(ValueError, match='share the plane only'): preprocess(tmp_path/'in', tmp_path/'other', spacing=1.)
+
+
+def write_pair(path, seed=0):
+    "Thin slices of 1 mm and thick ones of 5 mm over the same 40 mm, as DICOM in a zip."
+    hu = np.random.default_rng(seed).integers(-100, 200, (20, 24, 40))
+    hu[:4] = hu[:, :5] = -1000
+    thin = nib.Nifti1Image(hu.astype(np.int16), np.diag([.8, .8, 1, 1]))
+    thick = nib.Nifti1Image(hu.reshape(20, 24, 8, 5).mean(-1).round().astype(np.int16), thin.affine @ nib.affines.from_matvec(np.diag([1, 1, 5]), [0, 0, 2]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return thick, thin, write_dicom({'1': thick, '2': thin}, path)
+
+
+def test_thick_and_thin_dicom_keep_their_places(tmp_path):
+    pairs = {who: write_pair(tmp_path/f'in/{who}.zip', seed) for seed, who in enumerate('abc')}
+    report = preprocess(tmp_path/'in', tmp_path/'out', size=(16, 18, None))
+    cache = Cache(tmp_path/'out')
+    assert not report.failed and {tuple(sorted(c['roles'])) for c in cache.cases()} == {('thick', 'thin')}
+    for who, (thick, thin, _) in pairs.items():
+        case = next(c for c in cache.cases() if c['patient'] == pseudonym(who))
+        for role, img in (('thick', thick), ('thin', thin)):
+            ours = cache.image(case, role)
+            assert ours.shape == (16, 18, img.shape[2]) and cache.intensity(case, role) == Intensity.window(40, 400)
+            index = np.rint(nib.affines.apply_affine(np.linalg.solve(img.affine, ours.affine), np.argwhere(np.ones(ours.shape)))).astype(int)
+            assert index.min() >= 0 and (index.max(0) < img.shape).all()
+            expected = np.asanyarray(img.dataobj)[tuple(index.T)].clip(-160, 240)
+            np.testing.assert_allclose(ours.get_fdata().ravel(), expected, atol=.0062)
+            assert ours.header['descrip'].item() == b'SIMULATED'
+
+
+def test_identities_in_dicom_zips_stay_there(tmp_path):
+    "Names of the archive, of its members and in its tags; good, cut short, and with two series."
+    import io
+    import zipfile
+
+    import pydicom
+    for seed, who in enumerate(('Mustermann-1', 'Mustermann-2', 'Mustermann-3', 'Mustermann-4')):
+        *_, path = write_pair(tmp_path/f'in/{who}.zip', seed)
+        with zipfile.ZipFile(path) as z: members = {n: z.read(n) for n in z.namelist()}
+        with zipfile.ZipFile(path, 'w') as z:
+            for k, (name, raw) in enumerate(members.items()):
+                ds = pydicom.dcmread(io.BytesIO(raw))
+                ds.PatientName, ds.PatientID, ds.StudyDescription = 'Mustermann^Erika', '19640812', 'Mustermann'
+                if seed == 1 and k == 3: ds.PixelData = ds.PixelData[:-40]
+                if seed == 2 and k == 3: ds.SeriesInstanceUID = pydicom.uid.generate_uid()
+                buffer = io.BytesIO()
+                ds.save_as(buffer)
+                z.writestr(f'{name.split("/")[0]}/Mustermann_{k:03}.dcm', buffer.getvalue())
+    assert b'Mustermann^Erika' in (tmp_path/'in/Mustermann-1.zip').read_bytes()
+    run = subprocess.run([sys.executable, '-c', RUN.replace('spacing=2.', 'size=(16, 18, None)'), tmp_path/'in', tmp_path/'out', '2'], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == '' and run.stdout.count('failed: ') == 2 and '2 cases done' in run.stdout
+    everything = [run.stdout, *content(tmp_path/'out'), *(v.decode('latin-1') for v in content(tmp_path/'out').values())]
+    for name in ('Mustermann', 'Erika', '1964', str(tmp_path/'in')):
+        assert not [t for t in everything if name.lower() in t.lower()], name
 
 
 def test_pictures_keep_their_range(tmp_path):

@@ -2,10 +2,8 @@
 
 A case is a function that builds its input with real bytes in an empty folder and returns what the door is given. The door is opened in
 a process of its own, with its own home, temporary folder and working folder, a time limit and a ceiling on memory."""
-import contextlib
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -22,8 +20,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-for module in ('files', 'dicom', 'layouts', 'data'):  # before any fork, so that a child's growth is the door's doing
-    with contextlib.suppress(ModuleNotFoundError): importlib.import_module(f'sbldm_nb.{module}')
+from sbldm_nb.data import Cache, preprocess, read_image  # before any fork, so that a child's growth is the door's doing
+from sbldm_nb.dicom import read_dicom, series_of
+from sbldm_nb.files import zip_members
+from sbldm_nb.layouts import discover
 
 IDENTITY = re.compile(r'doe(?!s\b)|jane|4711|19700101', re.IGNORECASE)  # planted in tags and inner names: must come out nowhere
 NAME, RECORD, BORN = 'DOE^JANE', 'MRN-4711', '19700101'
@@ -31,35 +31,8 @@ ALLOWED = (ValueError, FileNotFoundError, TimeoutError)
 CEILING = 3 << 30  # bytes of address space a child may add: an honest refusal needs none of it, a runaway must not take the machine
 
 
-# the doors
-
-def read_image(given, **options):
-    from sbldm_nb.data import read_image
-    return read_image(given, **options)
-
-def read_dicom(given, **options):
-    from sbldm_nb.dicom import read_dicom
-    return read_dicom(given, **options)
-
-def series_of(given, **options):
-    from sbldm_nb.dicom import series_of
-    return series_of(given, **options)
-
-def zip_members(given, **options):
-    from sbldm_nb.files import zip_members
-    return zip_members(given, **options)
-
-def discover(given, **options):
-    from sbldm_nb.layouts import discover
-    return discover(given, **options)
-
-def preprocess(given, **options):
-    from sbldm_nb.data import preprocess
-    return preprocess(given, **options)
-
 def cache(given):
-    "The sums of every array of a preprocessed cache."
-    from sbldm_nb.data import Cache
+    "A door: the sums of every array of a preprocessed cache."
     c = Cache(given)
     return [float(np.asarray(c.image(case, role).dataobj).sum()) for case in c.cases() for role in case['roles']]
 

@@ -45,7 +45,7 @@ def missing(here): return here/'t1.nii.gz'
 @hostile(read_image, kinds=(FileNotFoundError, ValueError))
 def below_a_file(here): return write(here/'t1.nii', nifti())/'t1.nii'
 
-@hostile(read_image, kinds=(FileNotFoundError, ValueError))
+@hostile(read_image, kinds=(FileNotFoundError, ValueError, OSError))
 def name_of_300_bytes(here): return here/('n'*300 + '.nii')
 
 @hostile(read_image, kinds=(FileNotFoundError, ValueError), named=False)

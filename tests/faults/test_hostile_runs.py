@@ -18,7 +18,7 @@ import pytest
 from faults.build import SHAPE, SLICES, VOXELS, archive, dataset, dicom, gz, inner, nifti, png, write, zeros_gz
 from faults.harness import IDENTITY, Table, cache, judge, level, one_sentence, preprocess, private, put, snapshot
 
-ENTRY = 'import sys; from sbldm_nb.data import preprocess; r = preprocess(sys.argv[1], sys.argv[2]); print(r); sys.exit(r.exit_code)'
+ENTRY = b'from sbldm_nb.cli import sbldm_preprocess\nsbldm_preprocess()\n'  # what the installed script holds
 
 
 def person(here, name, raw=None, role='t1n', **more):
@@ -30,11 +30,13 @@ def people(here, n=3):
     for k in range(n): person(here, f'DOE-JANE-{k + 1:05d}-000')
     return here
 
-def command(source, out, ground, **more):
-    "The same in a process of its own; its environment is the ground's."
-    env = {**os.environ, 'SBLDM_CACHE': str(ground/'home'), 'TMPDIR': str(ground/'tmp'), 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, '-c', ENTRY, str(source), str(out)], env=env, cwd=ground/'work', text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+def command(source, out, ground, *more, **process):
+    "The command line in a process of its own; its environment is the ground's."
+    script = write(ground/'bin'/'sbldm_preprocess', ENTRY)
+    env = {**os.environ, 'SBLDM_CACHE': str(ground/'home'), 'TMPDIR': str(ground/'tmp'), 'OMP_NUM_THREADS': '1',
+           'PYTHONPATH': os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
+    return subprocess.Popen([sys.executable, script, source, out, *more], env=env, cwd=ground/'work', text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **process)
 
 def finish(process, source, out):
     "(exit code, what it printed), after the test that it names nobody."
@@ -92,7 +94,7 @@ def test_bad_cases_fail_and_good_ones_stay(ground):
     person(source, 'DOE-JANE-00202-000', seg=hurt(np.where(VOXELS > 50, 4000, 0).astype(np.int16)))
     name = 'DOE-JANE-00203-000'
     write(source/name/f'{name}-t1n.nii.gz', gz(hurt()) + zeros_gz(1024))
-    before = snapshot(ground)
+    before = {k: v for k, v in snapshot(ground).items() if not k.startswith('bin')}
     code, stdout, stderr = finish(command(source, out, ground), source, out)
     assert code == 1 and 'Traceback' not in stderr, stderr
     failures = [line for line in stdout.splitlines() if ' failed: ' in line]
@@ -103,7 +105,7 @@ def test_bad_cases_fail_and_good_ones_stay(ground):
     manifest = json.loads((out/'manifest.json').read_bytes())
     assert len(manifest['cases']) == 3 and len(manifest['failed']) == len(failures)
     after = snapshot(ground)
-    assert {k: v for k, v in after.items() if not k.startswith('out')} == before
+    assert {k: v for k, v in after.items() if not k.startswith(('out', 'bin'))} == before
 
 
 def test_bombs_do_not_fill_the_workers_memory(ground):
@@ -182,6 +184,41 @@ def test_wrong_wishes_write_nothing(what, ground):
     assert said.error in ('ValueError', 'FileNotFoundError'), said
     one_sentence(said.message, ground/'given', named=False)
     assert snapshot(ground) == before
+
+
+BY_LINE = {  # (source, out, more words) below the ground, and what the one line on standard error must say
+    'no source': (('nowhere', 'out'), ['no such folder']), 'layout': (('given', 'out', '--layout', 'brast'), ['layout', 'brats']),
+    'output is a file': (('given', 'file.txt'), ['file.txt']), 'output in the source': (('given', 'given/out'), ['source']),
+    'size of words': (('given', 'out', '--size', 'large'), ['large']), 'fractions of two': (('given', 'out', '--fractions', '.5,.5'), ['fractions|3']),
+    'spacing of zero': (('given', 'out', '--spacing', '0'), ['spacing']), 'window upside down': (('given', 'out', '--window', '40,-400'), ['low']),
+    'shard that is none': (('given', 'out', '--shard', '5/3'), ['shard']), 'workers below zero': (('given', 'out', '--workers', '-1'), ['worker']),
+    'modality that is none': (('given', 'out', '--modality', 't9'), ['modality'])}
+
+@pytest.mark.parametrize('what', BY_LINE)
+def test_refusals_of_the_command_are_one_line(what, ground):
+    "Exit code, one sentence, no traceback, nothing written."
+    (source, out, *more), says = BY_LINE[what]
+    people(ground/'given')
+    write(ground/'file.txt', b'mine')
+    before = {k: v for k, v in snapshot(ground).items() if not k.startswith('bin')}
+    code, _, stderr = finish(command(ground/source, ground/out, ground, *more), ground/source, ground/out)
+    assert code not in (0, None) and 'Traceback' not in stderr, stderr
+    one_sentence(stderr.strip(), '', says)
+    assert {k: v for k, v in snapshot(ground).items() if not k.startswith('bin')} == before
+
+def test_the_command_blames_the_folder_that_is_locked(ground):
+    "A source that may not be read is the source's fault, an output that may not be written is the output's."
+    if os.geteuid(): pytest.skip('only root can become nobody in a process of its own')
+    people(ground/'given'/'secret')
+    (ground/'given'/'secret').chmod(0)
+    code, _, stderr = finish(command(ground/'given'/'secret', ground/'work'/'out', ground, user=65534, group=65534), ground/'given', ground/'work'/'out')
+    assert code == 1
+    one_sentence(stderr.strip(), ground/'given'/'secret')
+    (ground/'given'/'secret').chmod(0o755)
+    (ground/'locked').mkdir(mode=0o555)
+    code, _, stderr = finish(command(ground/'given'/'secret', ground/'locked'/'out', ground, user=65534, group=65534), ground/'given', ground/'locked'/'out')
+    assert code == 1
+    one_sentence(stderr.strip(), ground/'locked'/'out')
 
 
 def refused_output(ground, out, nobody=False):
