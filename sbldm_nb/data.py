@@ -5,26 +5,34 @@
 # %% auto #0
 __all__ = ['is_label', 'foreground_box', 'prepare', 'Report', 'preprocess', 'Cache']
 
-# %% ../nbs/00_data.ipynb #e10737ff
+# %% ../nbs/00_data.ipynb #22b44c26
 import contextlib, errno, functools, hashlib, itertools, json, math, multiprocessing.connection, os, re, shutil, signal, socket, subprocess, sys, time, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 import nibabel as nib
 import numpy as np
 import psutil
 import pydicom
 import scipy
+from numpy.lib import format as npy
 from tqdm import tqdm
 from . import __version__
 from .files import atomic_write, key_fingerprint, one_of, pseudonym, split_zip
-from .images import crop_or_pad, Intensity, make_image, pick_slices, read_image, resample, spacing_of, split_patients, to_ras, write_image, z_of_slices
+from .images import crop_or_pad, Intensity, make_image, pick_slices, read_image, read_volumes, resample, spacing_of, split_patients, to_ras, write_image, z_of_slices
 from .layouts import Found, discover
 
-# %% ../nbs/00_data.ipynb #1a7a3fb6
+# %% ../nbs/00_data.ipynb #998ff38e
 def is_label(role: str) -> bool:  # such an image is resampled by nearest neighbour and kept in whole numbers
     "Whether a role's numbers are classes: a segmentation, a tissue map or a mask of any kind."
     return role in ('seg', 'tissue', 'hippocampus') or role.startswith('mask')
+
+@contextlib.contextmanager
+def _about(role):
+    "An error within begins with the role that it is about."
+    try: yield
+    except ValueError as e: raise ValueError(f'{role}: {e}') from None
 
 def _lines_of(images, intensity):
     "The intensity line of every role; None for labels."
@@ -39,7 +47,7 @@ def _lines_of(images, intensity):
         elif images[role].shape[2] == 1 and white in (255, 65535): lines[role] = Intensity('window', 0., white)
         else:
             shared = [lines[r] for r in lines if original(r) == original(role)]
-            lines[role] = shared[0] if shared else Intensity.fit(images[role].dataobj)
+            with _about(role): lines[role] = shared[0] if shared else Intensity.fit(images[role].dataobj)
     return lines
 
 # %% ../nbs/00_data.ipynb #c1866306
@@ -56,7 +64,7 @@ def foreground_box(
         box.append(slice(int(k[0]), int(k[-1]) + 1))
     return tuple(box)
 
-# %% ../nbs/00_data.ipynb #c0f2c98e
+# %% ../nbs/00_data.ipynb #0b4097e9
 def _shared_axes(images):
     "(3,) whether all images of a case lie on one grid along x, y, z; to share no plane is an error."
     (name, a), *others = images.items()
@@ -70,10 +78,11 @@ def _shared_axes(images):
 
 def _cropped(images, lines, shared):
     "The images of a case cut to one box, which holds the foreground of them all."
-    seen = [r for r in images if lines[r] and r != 'growth'] or list(images)
-    above = {r: lines[r].low if lines[r] and lines[r].kind == 'window' else 0. for r in seen}
-    boxes = zip(*(foreground_box(np.asanyarray(images[r].dataobj), above[r]) for r in seen))
-    box = tuple(slice(min(s.start for s in b), max(s.stop for s in b)) if share else slice(None) for b, share in zip(boxes, shared))
+    boxes = []
+    for role in [r for r in images if lines[r] and r != 'growth'] or images:
+        above = lines[role].low if lines[role] and lines[role].kind == 'window' else 0.
+        with _about(role): boxes.append(foreground_box(np.asanyarray(images[role].dataobj), above))
+    box = tuple(slice(min(s.start for s in b), max(s.stop for s in b)) if share else slice(None) for b, share in zip(zip(*boxes), shared))
     return {role: img.slicer[box] for role, img in images.items()}
 
 # %% ../nbs/00_data.ipynb #500f6b88
@@ -125,7 +134,7 @@ def _sha256(files):
             while block := f.read(2**20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/00_data.ipynb #3ce01d3d
+# %% ../nbs/00_data.ipynb #c5f02345
 _MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 def _partial(out, key): return out/f'.{key}.{_MACHINE}-{os.getpid()}.partial'
 def _remove(path): path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
@@ -136,10 +145,10 @@ def _store(out, key, record, arrays):
     partial, old = _partial(out, key), _partial(out, f'{key}.old')
     try:
         partial.mkdir(parents=True)
-        for name, data in (*((f'{r}.npy', a) for r, a in arrays.items()), ('case.json', record)):
+        for name, data in (*((f'{r}.npy', np.ascontiguousarray(a)) for r, a in arrays.items()), ('case.json', _json(record))):
             with open(partial/name, 'xb') as f:
-                if name == 'case.json': f.write(_json(data))
-                else: np.save(f, np.ascontiguousarray(data), allow_pickle=False)
+                if name != 'case.json': npy.write_array_header_1_0(f, npy.header_data_from_array_1_0(data))
+                f.write(data)                                        # np.save does the same, but keeps to itself why a disk refuses
                 f.flush()
                 os.fsync(f.fileno())
         if os.path.lexists(out/key): os.rename(out/key, old)
@@ -150,7 +159,7 @@ def _store(out, key, record, arrays):
         _remove(partial)
         _remove(old)
 
-# %% ../nbs/00_data.ipynb #7ac29ea7
+# %% ../nbs/00_data.ipynb #3a8ef17e
 def _without_names(text, case):
     "A message in which every path, file name and id of a case is replaced by its role."
     known = {case.id: 'the case', case.patient: 'the patient'}
@@ -160,21 +169,19 @@ def _without_names(text, case):
         text = re.sub(rf'(?<!\w){re.escape(name)}(?!\w)', known[name], text) if len(name) > 2 else text
     return text
 
-def _read_role(case, role):
-    "One image of a case and what was remarked on it; errors and remarks come without names."
-    if role not in case.files: raise ValueError(f'has no {role}; it has {", ".join(sorted(case.files))}')
-    path = case.files[role]
+def _read(case, path, roles):
+    "The images of a case that lie in one file, or folder, and what was remarked on them; errors and remarks come without names."
     begins = tuple(f'{p}: ' for p in (path, *_files_of(path)))
     try:
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter('always')
-            img = read_image(path, volume=case.volumes.get(role))
+            images = read_volumes(path, [case.volumes[r] for r in roles]) if set(roles) <= set(case.volumes) else [read_image(path)]*len(roles)
     except Exception as e:
         ours = isinstance(e, (ValueError, FileNotFoundError, TimeoutError)) and str(e).startswith(begins)
-        raise ValueError(_without_names(str(e), case) if ours else f'{role}: {getattr(e, "strerror", None) or type(e).__name__}') from None
-    return img, [_without_names(str(w.message), case) for w in heard if str(w.message).startswith(begins)]
+        raise ValueError(_without_names(str(e), case) if ours else f'{roles[0]}: {getattr(e, "strerror", None) or type(e).__name__}') from None
+    return dict(zip(roles, images)), [_without_names(str(w.message), case) for w in heard if str(w.message).startswith(begins)]
 
-# %% ../nbs/00_data.ipynb #5c9e9e2c
+# %% ../nbs/00_data.ipynb #f43888f6
 _VERSIONS = dict(sbldm_nb=__version__, numpy=np.__version__, scipy=scipy.__version__, nibabel=nib.__version__, pydicom=pydicom.__version__)
 def _digest(settings): return hashlib.sha256(_json(settings)).hexdigest()[:16]
 
@@ -185,46 +192,54 @@ def _rplhr_to_hu(img):
 
 def _do_case(out, key, case, stamp, settings):
     "Read, prepare and store one case."
-    roles, images, hashes, notes = settings['roles'] or sorted(case.files), {}, {}, []
+    roles, together, images, source, notes = settings['roles'] or sorted(case.files), {}, {}, {}, []
     for role in roles:
-        images[role], remarks = _read_role(case, role)
-        if settings['layout'] == 'rplhr': images[role] = _rplhr_to_hu(images[role])
-        files, notes = tuple(_files_of(case.files[role])), notes + remarks
-        if files not in hashes: hashes[files] = _sha256(files)             # roles may share a file
+        if role not in case.files: raise ValueError(f'has no {role}; it has {", ".join(sorted(case.files))}')
+        together.setdefault(case.files[role], []).append(role)                   # the volumes of one file are unpacked once
+    for path, those in together.items():
+        found, remarks = _read(case, path, those)
+        images, notes = images | found, notes + remarks
+        source |= dict.fromkeys(those, _sha256(_files_of(path)))
+    if settings['layout'] == 'rplhr': images = {role: _rplhr_to_hu(img) for role, img in images.items()}
     line = Intensity.from_dict(settings['intensity']) if settings['intensity'] else None
     done = prepare(images, settings['size'], settings['spacing'], settings['crop'], line)
     record = dict(case=key, patient=pseudonym(case.patient), label=case.label, split=case.split, settings=_digest(settings), stamp=stamp, notes=notes, versions=_VERSIONS,
                   roles={r: dict(shape=list(q.shape), dtype=q.get_data_dtype().name, affine=q.affine.tolist(), intensity=line.to_dict() if line else None,
-                                 simulated=q.header['descrip'].item().startswith(b'SIMULATED'), source=hashes[tuple(_files_of(case.files[r]))])
+                                 simulated=q.header['descrip'].item().startswith(b'SIMULATED'), source=source[r])
                          for r, (q, line) in done.items()})
     _store(out, key, record, {r: np.asanyarray(q.dataobj) for r, (q, _) in done.items()})
 
-# %% ../nbs/00_data.ipynb #c597cab6
+# %% ../nbs/00_data.ipynb #7b0d6daf
 def _work(descriptor):
     "The life of a worker: say ready, then one case after the other until the pipe closes."
     signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is for the parent, which ends its workers
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)                    # the alarm ends the process, whatever it is doing
     with contextlib.suppress(EOFError, OSError), multiprocessing.connection.Connection(descriptor) as pipe:
-        pipe.send('ready')
+        pipe.send('')
         while True:
-            out, settings, key, case, stamp = pipe.recv()
-            try: _do_case(out, key, case, stamp, settings)
-            except ValueError as e: pipe.send(str(e))
-            except Exception as e: pipe.send(getattr(e, 'strerror', None) or type(e).__name__)
-            else: pipe.send('')
+            seconds, task = pipe.recv()
+            signal.setitimer(signal.ITIMER_REAL, min(seconds, 1e9))
+            why = ''
+            try: _do_case(*task)
+            except ValueError as e: why = str(e)
+            except MemoryError: why = 'not enough memory'
+            except Exception as e: why = getattr(e, 'strerror', None) or type(e).__name__
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            pipe.send(why)
 
-# %% ../nbs/00_data.ipynb #7f39ba62
+# %% ../nbs/00_data.ipynb #d0a3d200
 class _Worker:
-    "A worker seen from outside: busy with `key` until `deadline`, '' while it starts, None when idle."
+    "A worker seen from outside, busy with the case `key`, or starting if that is None."
     def __init__(self):
         like_us = {'PYTHONPATH': os.pathsep.join(sys.path), 'PYTHONSAFEPATH': '1', 'OMP_NUM_THREADS': '1'}
-        self.key, self.deadline, (self.pipe, theirs) = '', math.inf, multiprocessing.Pipe()
+        self.key, (self.pipe, theirs) = None, multiprocessing.Pipe()
         self.process = subprocess.Popen([sys.executable, '-c', f'from sbldm_nb.data import _work; _work({theirs.fileno()})'], pass_fds=[theirs.fileno()],
                                         env=os.environ | like_us, **dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL))
         theirs.close()
 
     def give(self, seconds, out, settings, key, *task):
-        self.key, self.deadline = key, time.monotonic() + seconds
-        with contextlib.suppress(OSError): self.pipe.send((out, settings, key, *task))      # a dead one is noticed when it is heard
+        self.key = key
+        with contextlib.suppress(OSError): self.pipe.send((seconds, (out, key, *task, settings)))      # a dead one is noticed when it is heard
 
     def end(self):
         self.process.kill()
@@ -232,50 +247,47 @@ class _Worker:
         self.pipe.close()
 
     def hear(self, seconds):
-        "(alive, why the case failed); alive is None while it works."
-        if self.pipe.poll():
-            with contextlib.suppress(EOFError, OSError): return True, self.pipe.recv()
-            code = self.process.wait()
-            return False, f'its process was killed by signal {-code}' + ' (out of memory?)'*(code == -9) if code < 0 else f'its process ended with code {code}'
-        return (False, f'not done within {seconds:g} s') if time.monotonic() > self.deadline else (None, '')
+        "(alive, why the case failed), once there is something to hear."
+        with contextlib.suppress(EOFError, OSError): return True, self.pipe.recv()
+        code = self.process.wait()
+        if code == -signal.SIGALRM: return False, f'not done within {seconds:g} s'
+        return False, f'its process was killed by signal {-code}' + ' (out of memory?)'*(code == -9) if code < 0 else f'its process ended with code {code}'
 
-# %% ../nbs/00_data.ipynb #e1604beb
+# %% ../nbs/00_data.ipynb #e41f7920
 def _run(tasks, out, settings, workers, seconds):
     "Yield (key, '' or why it failed) of every task (key, case, stamp), in the order in which they end."
     waiting, crew = list(tasks)[::-1], [_Worker() for _ in range(min(workers, len(tasks)))]
     try:
-        while waiting or any(w.key for w in crew):
-            for w in crew:
-                if w.key is None and waiting: w.give(seconds, out, settings, *waiting.pop())
-            busy = [w for w in crew if w.key is not None]
-            multiprocessing.connection.wait([w.pipe for w in busy], min(1., max(0., min(w.deadline for w in busy) - time.monotonic())))
-            for i, w in enumerate(crew):
-                alive, why = w.hear(seconds) if w.key is not None else (None, '')
-                if alive is None: continue
-                key, w.key = w.key, None
-                if not alive:
+        while crew:
+            ready = multiprocessing.connection.wait([w.pipe for w in crew])
+            for w in [w for w in crew if w.pipe in ready]:
+                key, (alive, why) = w.key, w.hear(seconds)
+                if not alive and key is None: raise ValueError(f'a worker could not start: {why}')
+                if alive and waiting: w.give(seconds, out, settings, *waiting.pop())
+                else:
                     w.end()
-                    if not key: raise ValueError(f'a worker could not start: {why}')
-                    if waiting: crew[i] = _Worker()
-                if key: yield key, why
+                    crew.remove(w)
+                    if waiting: crew.append(_Worker())
+                if key is not None: yield key, why
     finally:
         for w in crew: w.end()
 
-# %% ../nbs/00_data.ipynb #16c3c9b4
+# %% ../nbs/00_data.ipynb #da00512b
 def _tasks(found, settings):
     "Every case of the data set by its key, with the split it belongs to; the same for all shards."
     given = {c.patient: c.split for c in found.cases if c.split}
     free = sorted({c.patient for c in found.cases} - set(given))
     parts = split_patients(free, settings['fractions'], settings['seed']) if free else {}
     side = given | {p: part for part, patients in parts.items() for p in patients}
-    tasks, count = {}, Counter()
+    tasks, count, carriers = {}, Counter(), Counter(label for label, _ in {(c.label, c.patient) for c in found.cases})
     for c in sorted(found.cases, key=lambda c: c.id):
-        tasks[f'{pseudonym(c.patient)}-{count[c.patient]}'] = replace(c, split=side[c.patient])
+        label = c.label if c.label is None or carriers[c.label] > 1 else pseudonym(c.label)
+        tasks[f'{pseudonym(c.patient)}-{count[c.patient]}'] = replace(c, split=side[c.patient], label=label)
         count[c.patient] += 1
     if len(tasks) < len(found.cases): raise ValueError(f'{found.folder}: two patients have one pseudonym')
     return dict(sorted(tasks.items()))
 
-# %% ../nbs/00_data.ipynb #596e562d
+# %% ../nbs/00_data.ipynb #9132ac55
 def _claim(out, source, settings):
     "Make the output folder and lay down the settings, or refuse one that was made with others."
     if out.resolve().is_relative_to(source.resolve()): raise ValueError(f'{out}: lies in the source folder, where the next run would find it')
@@ -295,15 +307,13 @@ def _read_json(path):
     return content
 
 def _sweep(out, seconds):
-    "Remove what dead processes left behind: ours by their number, those of other machines by their age."
-    for p in out.glob('.*.partial'):
-        *_, who, _ = p.name.split('.')
-        machine, _, number = who.partition('-')
+    "Remove what dead processes left behind: ours by their number, what tells no number or another machine by its age."
+    for p in (p for d in (out, *out.iterdir()) if d.is_dir() and not d.is_symlink() for p in d.glob('.*.partial')):
+        ours = re.search(rf'\.{_MACHINE}-(\d{{1,9}})\.partial$', p.name)
         with contextlib.suppress(FileNotFoundError):
-            if machine == _MACHINE and not psutil.pid_exists(int(number)) or time.time() - p.stat().st_mtime > max(2*seconds, 3600):
-                _remove(p)
+            if ours and not psutil.pid_exists(int(ours[1])) or time.time() - p.lstat().st_mtime > max(2*seconds, 3600): _remove(p)
 
-# %% ../nbs/00_data.ipynb #6b9c058c
+# %% ../nbs/00_data.ipynb #b8a6707d
 def _record(out, key, digest):
     "What case.json says, None unless it was made with the settings of this digest and the arrays are whole."
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -323,16 +333,16 @@ def _is_done(out, key, case, stamp, digest):
 def _open_array(path, shape, dtype):
     "A memory map of one stored array, checked against what case.json says of it."
     try: data = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e: raise ValueError(f'{path}: not a readable array, it is missing, damaged or cut short ({type(e).__name__})') from e
+    except (OSError, ValueError, EOFError) as e: raise ValueError(f'{path}: not a readable array, it is missing, damaged or cut short ({type(e).__name__})') from None
     if list(data.shape) != list(shape) or data.dtype != dtype: raise ValueError(f'{path}: expected {dtype} {tuple(shape)}, got {data.dtype} {data.shape}')
     return data
 
-# %% ../nbs/00_data.ipynb #a93d0c50
+# %% ../nbs/00_data.ipynb #4e0e5ad4
 def _write_manifest(out, tasks, settings):
     "Gather what is in the folders into manifest.json, and look again until nothing was added meanwhile."
     before, digest = None, _digest(settings)
     while True:
-        failed = {k: _read_json(p)['cause'] for k in tasks if (p := out/'failed'/f'{k}.json').exists()}
+        failed = {k: _read_json(p).get('cause') for k in tasks if (p := out/'failed'/f'{k}.json').exists()}
         cases = {k: r for k in tasks if k not in failed and (r := _record(out, k, digest))}
         split = {part: sorted({r['patient'] for r in cases.values() if r['split'] == part}) for part in ('train', 'valid', 'test')}
         now = _json(dict(format=1, settings=settings, split=split, cases=cases, failed=failed, missing=len(tasks) - len(cases) - len(failed)))
@@ -340,7 +350,15 @@ def _write_manifest(out, tasks, settings):
         before = now
         atomic_write(out/'manifest.json', now)
 
-# %% ../nbs/00_data.ipynb #98a0f283
+# %% ../nbs/00_data.ipynb #13effa91
+def _axes(what, value, kind, plain):
+    "One number or three, each above 0 or None, as JSON can hold them."
+    each = value if isinstance(value, (tuple, list)) else (value,)*3
+    if len(each) != 3 or not all(v is None or isinstance(v, kind) and 0 < v < math.inf for v in each):
+        raise ValueError(f'expected a {what} above 0 for x, y and z (None keeps an axis), got {value}')
+    each = [None if v is None else plain(v) for v in each]
+    return each if isinstance(value, (tuple, list)) else each[0]
+
 def _settings(found, size, spacing, modality, crop, intensity, fractions, seed):
     "Everything that decides what the cache holds, checked, as JSON can hold it."
     there = sorted({role for c in found.cases for role in c.files})
@@ -349,18 +367,13 @@ def _settings(found, size, spacing, modality, crop, intensity, fractions, seed):
     if found.layout == 'latents': raise ValueError(f'{found.folder}: latents need no preprocessing, a data set reads them as they are')
     for role in there:
         if not re.fullmatch(r'\w[\w-]{0,40}', role): raise ValueError(f'{found.folder}: a role has a name that cannot be a file name')
-    for what, value in (('size', size), ('spacing', spacing)):
-        each = value if isinstance(value, (tuple, list)) else (value,)*3
-        kinds = (int, np.integer) if what == 'size' else (int, float, np.number)
-        if len(each) != 3 or not all(v is None or isinstance(v, kinds) and 0 < v < math.inf for v in each):
-            raise ValueError(f'expected a {what} above 0 for x, y and z (None keeps an axis), got {value}')
+    size, spacing = _axes('size', size, Integral, int), _axes('spacing', spacing, Real, float)
     if {'thick', 'thin'} <= set(roles or there):
         for what, value in (('size', size), ('spacing', spacing)):
-            if (value[2] if isinstance(value, (tuple, list)) else value) is not None:
+            if (value[2] if isinstance(value, list) else value) is not None:
                 raise ValueError(f'thick and thin slices share the plane only: give {what} as (x, y, None), got {value}')
-    size, spacing = (v if isinstance(v, (int, float, type(None))) else [x if x is None else t(x) for x in v] for v, t in ((size, int), (spacing, float)))
     return dict(layout=found.layout, size=size, spacing=spacing, roles=roles, crop=bool(crop), intensity=intensity.to_dict() if intensity else None,
-                fractions=list(fractions), seed=seed, key=key_fingerprint())
+                fractions=[float(f) for f in fractions], seed=int(seed), key=key_fingerprint())
 
 def _share(shard):
     "'2/3' is (2, 3); None is all of it."
@@ -368,7 +381,7 @@ def _share(shard):
     if not m or not 1 <= int(m[1]) <= int(m[2]): raise ValueError(f"expected shard 'i/n' from '1/n' to 'n/n', got {shard!r}")
     return int(m[1]), int(m[2])
 
-# %% ../nbs/00_data.ipynb #8d621891
+# %% ../nbs/00_data.ipynb #deb5db09
 @dataclass(frozen=True)
 class Report:
     "What a run did. Cases are called by their keys, never by a name."
@@ -376,15 +389,17 @@ class Report:
     skipped: tuple[str, ...]  # found done
     failed: dict[str, str]  # key -> why, in one sentence
     manifest: Path  # what the output folder holds, from all runs
+    strays: int = 0  # case folders that belong to no case of the source: withdrawn, or of another data set; not in the manifest
 
     @property
     def exit_code(self) -> int: return int(bool(self.failed))
 
     def __str__(self):
         counts = f'{len(self.done)} case{"s"*(len(self.done) != 1)} done, {len(self.skipped)} were done before, {len(self.failed)} failed'
+        if self.strays: counts += f'; {self.strays} older folder{"s"*(self.strays != 1)} of cases that the source does not hold'
         return '\n'.join([counts, *(f'{key} failed: {why}' for key, why in sorted(self.failed.items()))])
 
-# %% ../nbs/00_data.ipynb #05c5e1a1
+# %% ../nbs/00_data.ipynb #ad8c97ca
 def preprocess(
     source,  # a folder, or what `discover` found in it
     out: str | os.PathLike,  # the cache: made if missing, continued if begun; not inside the source
@@ -412,12 +427,15 @@ def preprocess(
     for key in (finished := set(skipped)): (out/'failed'/f'{key}.json').unlink(missing_ok=True)
     todo, done, failed = [t for t in mine if t[0] not in finished], [], {}
     try:
-        for key, why in tqdm(_run(todo, out, settings, workers, time_limit), total=len(todo), desc='cases', disable=None):
-            note = out/'failed'/f'{key}.json'
-            if why: failed[key] = why; atomic_write(note, _json(dict(cause=why)))
-            else: done.append(key); note.unlink(missing_ok=True)
+        with contextlib.closing(_run(todo, out, settings, workers, time_limit)) as run:
+            for key, why in tqdm(run, total=len(todo), desc='cases', disable=None):
+                note = out/'failed'/f'{key}.json'
+                if why: failed[key] = why; atomic_write(note, _json(dict(cause=why)))
+                else: done.append(key); note.unlink(missing_ok=True)
     finally: _sweep(out, time_limit)
-    return Report(tuple(sorted(done)), tuple(skipped), failed, _write_manifest(out, tasks, settings))
+    _claim(out, found.folder, settings)                              # of two runs that began at once with different settings, one was overwritten
+    strays = len({p.parent.name for p in out.glob('p*/case.json')} - set(tasks))
+    return Report(tuple(sorted(done)), tuple(skipped), failed, _write_manifest(out, tasks, settings), strays)
 
 # %% ../nbs/00_data.ipynb #4ca2bba0
 def _is_record(key, case):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['series_of', 'read_dicom', 'write_dicom', 'deidentify']
 
-# %% ../nbs/001_dicom.ipynb #6fe24264
-import io, logging, math, os, re, shutil, uuid, warnings, zipfile, zlib
+# %% ../nbs/001_dicom.ipynb #ab986672
+import io, logging, math, os, re, shutil, stat, threading, uuid, warnings, zipfile, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,25 +23,37 @@ from pydicom.filereader import read_dataset
 from pydicom.valuerep import format_number_as_ds
 from .files import MAX_RATIO, RATIO_FROM, atomic_write, in_time, is_bomb, keyed, one_of, pseudonym, read_member, split_zip, zip_members
 
-# %% ../nbs/001_dicom.ipynb #3ba46847
+# %% ../nbs/001_dicom.ipynb #61b3e2b1
 @contextmanager
 def _readable(label, what='not a readable DICOM file, it is damaged or cut short'):
     "Whatever a damaged file does to the libraries that take it apart becomes one sentence that quotes nothing from the file."
     try: yield
     except Exception as e: raise ValueError(f'{label}: {what} ({type(e).__name__})') from None
 
-@contextmanager
-def _quiet():
+# %% ../nbs/001_dicom.ipynb #6f25736f
+class _Quiet:
     "pydicom warns and logs about odd values by quoting them; a value may be a name."
-    log, mute = logging.getLogger('pydicom'), logging.Filter('nothing')
-    log.addFilter(mute)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally: log.removeFilter(mute)
+    def __init__(self): self.lock, self.log, self.readers = threading.Lock(), logging.getLogger('pydicom'), 0
 
-# %% ../nbs/001_dicom.ipynb #7686ed75
+    def __enter__(self):
+        with self.lock:
+            self.readers += 1
+            if self.readers > 1: return
+            self.level, self.caught = self.log.level, warnings.catch_warnings()
+            self.caught.__enter__()
+            warnings.simplefilter('ignore')
+            self.log.setLevel(logging.CRITICAL + 1)
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.readers -= 1
+            if self.readers: return
+            self.caught.__exit__(*error)
+            self.log.setLevel(self.level)
+
+_quiet = _Quiet()
+
+# %% ../nbs/001_dicom.ipynb #9a5b578e
 @dataclass(frozen=True)
 class _File:
     label: str  # what messages call it
@@ -49,12 +61,16 @@ class _File:
     size: int  # bytes
     read: object  # function of a number of bytes (None: all) -> bytes
 
+@contextmanager
+def _given(label, what='the file cannot be read'):
+    "What the system says of a file, without the file's name."
+    try: yield
+    except OSError as e: raise ValueError(f'{label}: {what} ({e.strerror})') from None
+
 def _on_disk(path, label):
     def read(n=None):
-        try:
-            with open(path, 'rb') as f: return f.read() if n is None else f.read(n)
-        except OSError as e: raise ValueError(f'{label}: the file cannot be read ({e.strerror})') from None
-    return _File(label, Path(path).name, os.stat(path).st_size, read)
+        with _given(label), open(path, 'rb') as f: return f.read() if n is None else f.read(n)
+    with _given(label): return _File(label, Path(path).name, os.stat(path).st_size, read)
 
 def _in_archive(archive, member, label):
     def read(n=None):
@@ -63,18 +79,24 @@ def _in_archive(archive, member, label):
             with archive.open(member) as f: return f.read(n)
     return _File(label, member.filename.rpartition('/')[2], member.file_size, read)
 
-# %% ../nbs/001_dicom.ipynb #725f989c
+# %% ../nbs/001_dicom.ipynb #73eec0aa
 def _numbered(source, things): return [(f'{source}: file {k} of {len(things)} in the order of their names', t) for k, t in enumerate(things, 1)]
 
 def _walk(folder):
-    def fail(e): raise ValueError(f'{folder}: a folder in it cannot be read ({e.strerror})') from None
+    def fail(e): raise e
     inside = Path(os.path.realpath(folder))
-    for k, p in enumerate(sorted(Path(top)/name for top, folders, files in os.walk(folder, onerror=fail) for name in folders + files), 1):
+    with _given(folder, 'a folder in it cannot be read'):
+        found = sorted(Path(top)/name for top, folders, files in os.walk(folder, onerror=fail) for name in folders + files)
+    for k, p in enumerate(found, 1):
         if any(part.startswith('.') or part == '__MACOSX' for part in p.relative_to(folder).parts): continue
-        if p.is_symlink():
+        with _given(f'{folder}: entry {k}', 'it cannot be looked at'): kind = p.lstat().st_mode
+        if stat.S_ISLNK(kind):
             if not Path(os.path.realpath(p)).is_relative_to(inside): raise ValueError(f'{folder}: entry {k} is a link that leads out of the folder')
-        elif p.is_file(): yield p
-        elif not p.is_dir(): raise ValueError(f'{folder}: entry {k} is neither a file nor a folder')
+        elif stat.S_ISREG(kind): yield p
+        elif not stat.S_ISDIR(kind): raise ValueError(f'{folder}: entry {k} is neither a file nor a folder')
+
+# %% ../nbs/001_dicom.ipynb #4f5e7928
+def _title(source): return f'the list of {len(source)} files' if isinstance(source, (list, tuple)) and len(source) > 1 else source
 
 @contextmanager
 def _files(source):
@@ -91,12 +113,14 @@ def _files(source):
     elif os.path.exists(source): yield [_on_disk(source, str(source))]
     else: raise FileNotFoundError(f'{source}: no such file or folder')
 
-# %% ../nbs/001_dicom.ipynb #3ffa345f
+# %% ../nbs/001_dicom.ipynb #4fb2f4a0
 def _something_else(name, first):
     "Whether a file without the mark of DICOM shows that it is of another kind: by the ending of its name, or as a text."
     end = Path(name).suffix.lower()
-    return bool(re.search('[a-z]', end)) and end not in ('.dcm', '.ima', '.dicom') or bool(first.strip()) and b'\0' not in first
+    if end in ('.dcm', '.ima', '.dicom'): return False
+    return bool(re.search('[a-z]', end)) or bool(first.strip()) and b'\0' not in first
 
+# %% ../nbs/001_dicom.ipynb #ea1d8850
 def _open(raw, label):
     "(transfer syntax, class, stream that stands where the data set begins) of a file's bytes; a deflated data set is inflated, within bounds."
     fp = io.BytesIO(raw)
@@ -111,17 +135,18 @@ def _open(raw, label):
     if engine.unconsumed_tail: raise ValueError(f'{label}: it is deflated by more than {MAX_RATIO} : 1, which no image reaches')
     return syntax, kind, io.BytesIO(plain)
 
-# %% ../nbs/001_dicom.ipynb #62ab9281
+# %% ../nbs/001_dicom.ipynb #81013eb5
 _TAGS = {tag_for_keyword(k): k for k in (
     'ImageType SOPInstanceUID SyntheticData Modality SliceThickness SeriesInstanceUID FrameOfReferenceUID '
     'ImagePositionPatient ImageOrientationPatient PixelSpacing NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation '
     'BitsAllocated BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleIntercept RescaleSlope RescaleType '
     'ModalityLUTSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence').split()}
 
+# %% ../nbs/001_dicom.ipynb #3610fb2c
 def _implicit_and_little(syntax): return syntax == uids.ImplicitVRLittleEndian, syntax != uids.ExplicitVRBigEndian
 
 def _values(ds, known):
-    "Keyword -> value of the tags of `_TAGS`. The slices of a series say mostly the same, so what was converted once is looked up."
+    "Keyword -> value of the tags of `_TAGS`; `known` is what was converted before."
     values = {}
     for tag, e in ds.items():
         if isinstance(e, RawDataElement):
@@ -135,13 +160,14 @@ def _values(ds, known):
 def _parse(raw, label, known):
     "(transfer syntax, class, values of the tags before the pixels, where the pixels begin, None if not in these bytes)."
     syntax, kind, fp = _open(raw, label)
-    with _readable(label):
+    with _quiet, _readable(label):
         ds = read_dataset(fp, *_implicit_and_little(syntax), stop_when=lambda tag, vr, length: int.__ge__(tag, 0x7FE00000), specific_tags=list(_TAGS))
         at = fp.tell()
         return syntax, kind, _values(ds, known), at if fp.read(2) in (b'\x7f\xe0', b'\xe0\x7f') else None
 
-# %% ../nbs/001_dicom.ipynb #c493ec39
+# %% ../nbs/001_dicom.ipynb #7c71c4de
 _NOT_IMAGES = {uids.SegmentationStorage, uids.RTDoseStorage, uids.ParametricMapStorage}
+_NAMED = dict(CT='CT Image', MR='MR Image', PT='Positron Emission')           # the class of a file names its modality if nothing else does
 
 @dataclass(frozen=True)
 class _Header:
@@ -153,6 +179,12 @@ class _Header:
     modality: str
     shape: tuple  # (frames, rows, columns)
     simulated: bool
+
+# %% ../nbs/001_dicom.ipynb #c8c2a2ce
+def _whole(value):
+    "A whole number as headers hold them; one of three hundred digits would come out in a message."
+    if abs(n := int(value)) >= 1 << 32: raise ValueError
+    return n
 
 def _look(file, known):
     "The header of one file, or a word for why it is passed over."
@@ -171,14 +203,17 @@ def _look(file, known):
     with _readable(file.label):
         if kind in _NOT_IMAGES or at is None and kind and 'Image Storage' not in kind.name: return 'DICOM but no image'
         if 'LOCALIZER' in (ds.get('ImageType') or ()): return 'localizer'
+        mosaic = 'MOSAIC' in (ds.get('ImageType') or ())
         texts = [str(ds.get(k) or '') for k in ('SeriesInstanceUID', 'SOPInstanceUID', 'FrameOfReferenceUID', 'Modality')]
-        shape, simulated = tuple(int(ds.get(k) or n) for k, n in dict(NumberOfFrames=1, Rows=0, Columns=0).items()), ds.get('SyntheticData') == 'YES'
+        shape, simulated = tuple(_whole(ds.get(k) or n) for k, n in dict(NumberOfFrames=1, Rows=0, Columns=0).items()), ds.get('SyntheticData') == 'YES'
     if at is None: raise ValueError(f'{file.label}: an image without pixels, it is cut short')
     if min(shape) < 1: raise ValueError(f'{file.label}: {shape[0]} frames of {shape[2]} x {shape[1]} pixels, expected at least one of each')
+    if mosaic: raise ValueError(f'{file.label}: a mosaic, many slices tiled into one picture, so its pixels do not lie where the header says')
+    texts[3] = texts[3] or next((m for m, words in _NAMED.items() if words in kind.name), '')
     if not re.fullmatch('[0-9.]{0,64}', texts[0]): raise ValueError(f'{file.label}: its series UID is not a UID')
     return _Header(file, syntax, ds, at, *texts, shape, simulated)
 
-# %% ../nbs/001_dicom.ipynb #1eb08db7
+# %% ../nbs/001_dicom.ipynb #dc7903aa
 def _headers(files, source, time_limit):
     "Series UID -> its headers, in the order of the files."
     series, passed, known = {}, Counter(), {}
@@ -191,6 +226,7 @@ def _headers(files, source, time_limit):
         raise ValueError(f'{source}: {len(series[""])} images without a series UID, so nothing says that they belong together')
     return series
 
+# %% ../nbs/001_dicom.ipynb #96bcc31f
 def _in_words(uid, headers):
     frames, sizes = sum(h.shape[0] for h in headers), {h.shape[:0:-1] for h in headers}
     return f'{uid or "(none)"} ({frames} image{"s"[:frames != 1]} of {" and ".join(f"{x} x {y}" for x, y in sorted(sizes))})'
@@ -203,20 +239,20 @@ def _choose(series, series_uid, source):
     if series_uid is None: raise ValueError(f'{source}: {len(series)} series, choose one by series_uid: {listed}')
     raise ValueError(f'{source}: no series {series_uid}; there {"is" if len(series) == 1 else "are"} {listed}')
 
-# %% ../nbs/001_dicom.ipynb #6eb46b8e
+# %% ../nbs/001_dicom.ipynb #11c96464
 def series_of(
     source: str | os.PathLike | list,  # folder, .zip, folder in a .zip, file, list of files
     time_limit: float = 60.,  # seconds to wait for one file
 ) -> dict[str, dict]:  # series UID -> images, matrix (X, Y), spacing (x, y) in mm or None
     "The series in a source, by their headers; nothing that tells who the patient is."
-    with _quiet(), _files(source) as files:
+    with _quiet, _files(source) as files:
         found = {}
-        for uid, headers in _headers(files, source, time_limit).items():
+        for uid, headers in _headers(files, _title(source), time_limit).items():
             spacing = _places(headers[0])[0].spacing
             found[uid] = dict(images=sum(h.shape[0] for h in headers), matrix=headers[0].shape[:0:-1], spacing=spacing and spacing[::-1])
         return found
 
-# %% ../nbs/001_dicom.ipynb #b6bd47df
+# %% ../nbs/001_dicom.ipynb #695183cd
 @dataclass(frozen=True)
 class _Frame:
     header: _Header  # its file
@@ -225,13 +261,16 @@ class _Frame:
     orientation: tuple | None  # (6,) direction along a row, direction down a column
     spacing: tuple | None  # (2,) mm between rows, between columns
     slope: float; intercept: float  # unit = stored*slope + intercept
-    rescaled: bool  # whether the file says so
+    unit: str | None  # what that makes, 'US' if it is not said; None without a line
     thickness: float | None  # mm
     group: tuple  # stack and time point
 
+# %% ../nbs/001_dicom.ipynb #f5381c0a
 _GROUPS = ('PlanePositionSequence', 'PlaneOrientationSequence', 'PixelMeasuresSequence', 'PixelValueTransformationSequence', 'FrameContentSequence')
 
 def _flat(groups): return {e.keyword: e.value for name in _GROUPS if groups.get(name) for e in groups[name][0]}
+
+def _unit(tags): return None if tags.get('RescaleIntercept') in (None, '') else str(tags.get('RescaleType') or 'US')
 
 def _numbers(value, n):
     if value is None or value == '': return None
@@ -239,6 +278,7 @@ def _numbers(value, n):
     if len(numbers) != n or not all(map(math.isfinite, numbers)): raise ValueError
     return numbers
 
+# %% ../nbs/001_dicom.ipynb #9ffd950e
 def _places(header):
     "The frames of one file, each with its place and its scale."
     ds, n, label = header.ds, header.shape[0], header.file.label
@@ -250,11 +290,11 @@ def _places(header):
     with _readable(label, 'its position, orientation, spacing or rescaling is not made of finite numbers'):
         return [_Frame(header, k, _numbers(t.get('ImagePositionPatient'), 3), _numbers(t.get('ImageOrientationPatient'), 6),
                        _numbers(t.get('PixelSpacing'), 2), *(_numbers(t.get('RescaleSlope'), 1) or (1.,)),
-                       *(_numbers(t.get('RescaleIntercept'), 1) or (0.,)), t.get('RescaleIntercept') is not None,
+                       *(_numbers(t.get('RescaleIntercept'), 1) or (0.,)), _unit(t),
                        *(_numbers(t.get('SliceThickness'), 1) or (None,)), (str(t.get('StackID')), str(t.get('TemporalPositionIndex'))))
                 for k, t in enumerate(tags)]
 
-# %% ../nbs/001_dicom.ipynb #bcede0c2
+# %% ../nbs/001_dicom.ipynb #075c059a
 def _all_equal(frames, source):
     "Refuse frames that differ in what one grid has only once."
     n = len(frames)
@@ -266,6 +306,7 @@ def _all_equal(frames, source):
     for many, what in zip(groups, ('stacks', 'time points')):
         if many > 1: raise ValueError(f'{source}: {many} {what} in one series of {n} images, expected one')
     lost = sum(None in (f.position, f.orientation, f.spacing) for f in frames)
+    if len({f.unit for f in frames}) > 1: raise ValueError(f'{source}: images of one series in several units, or some without one')
     if lost: raise ValueError(f'{source}: {lost} of {n} images lack a position, an orientation or a pixel spacing, so their place is unknown')
     spacing = np.array([f.spacing for f in frames])
     if spacing.min() <= 0: raise ValueError(f'{source}: a pixel spacing of {spacing.min():g} mm, expected more than 0')
@@ -273,6 +314,7 @@ def _all_equal(frames, source):
         least, most = (f'{a:g} x {b:g}' for a, b in (spacing.min(0), spacing.max(0)))
         raise ValueError(f'{source}: pixel spacings from {least} to {most} mm in one series')
 
+# %% ../nbs/001_dicom.ipynb #32f7bc08
 def _directions(frames, source):
     "Directions along a row, down a column (as the files say, to the digits they give) and along the stack, if all frames agree on them."
     uv = np.array([f.orientation for f in frames]).reshape(-1, 2, 3)
@@ -283,39 +325,47 @@ def _directions(frames, source):
     normal = np.cross(*uv[0])
     return *uv[0], normal/np.linalg.norm(normal)
 
-# %% ../nbs/001_dicom.ipynb #d1bc5e8f
+# %% ../nbs/001_dicom.ipynb #7bc28a3e
+def _even(frames, along, source):
+    "(place of the first slice, step) of the best straight line through the places along the stack, in mm, if all lie on it."
+    n = len(frames)
+    if n == 1: return along[0], frames[0].thickness if (frames[0].thickness or 0) > 0 else 1.
+    gaps, k = np.diff(along), np.arange(n) - (n - 1)/2
+    step = k @ along/(k @ k)
+    start = along.mean() + step*k[0]
+    if (twice := np.flatnonzero(gaps < 1e-3)).size:
+        a, b = (frames[k].header for k in (twice[0], twice[0] + 1))
+        why = 'a copy' if a.instance == b.instance else 'several time points or echoes, or a copy'
+        where = f'the first at {along[twice[0]]:.2f} mm along the stack'
+        raise ValueError(f'{source}: {twice.size} of {n} images lie where another one lies, {where}: {why}')
+    off = abs(along - start - step*np.arange(n)).max()
+    if off > min(.1*step, max(.06, .02*step)):
+        usual = np.median(gaps)
+        k = int(abs(gaps - usual).argmax())
+        raise ValueError(f'{source}: {gaps[k]:.2f} mm between slices {k + 1} and {k + 2} of {n}, expected {usual:.2f} mm as between the others '
+                         f'(places up to {off:.2f} mm off an even stack)')
+    return start, step
+
+# %% ../nbs/001_dicom.ipynb #f0084dab
 def _grid(frames, source):
     "The frames in the order of their places, and the affine (index along a row, down a column, along the stack) to LPS mm."
     _all_equal(frames, source)
     u, v, normal = _directions(frames, source)
-    places, n = np.array([f.position for f in frames]), len(frames)
+    places = np.array([f.position for f in frames])
     order = np.argsort(places @ normal, kind='stable')
     frames, places = [frames[k] for k in order], places[order]
     along = places @ normal
-    step, start = frames[0].thickness if frames[0].thickness and frames[0].thickness > 0 else 1., along[0]
-    if n > 1:
-        gaps, k = np.diff(along), np.arange(n) - (n - 1)/2
-        step = k @ along/(k @ k)                                       # of the best straight line
-        start = along.mean() + step*k[0]
-        if (twice := np.flatnonzero(gaps < 1e-3)).size:
-            a, b = (frames[k].header for k in (twice[0], twice[0] + 1))
-            why = 'a copy' if a.instance == b.instance else 'several time points or echoes, or a copy'
-            where = f'the first at {along[twice[0]]:.2f} mm along the stack'
-            raise ValueError(f'{source}: {twice.size} of {n} images lie where another one lies, {where}: {why}')
-        if abs(along - start - step*np.arange(n)).max() > .1*step:
-            usual = np.median(gaps)
-            k = int(abs(gaps - usual).argmax())
-            raise ValueError(f'{source}: {gaps[k]:.2f} mm between slices {k + 1} and {k + 2} of {n}, expected {usual:.2f} mm as between the others')
-        aside = np.linalg.norm(places - places[0] - np.outer(along - along[0], normal), axis=1)
-        if aside.max() > .25*min(frames[0].spacing):
-            tilt = np.degrees(np.arctan2(aside[-1], along[-1] - along[0]))
-            raise ValueError(f'{source}: slices lie up to {aside.max():.1f} mm aside of the first, a gantry tilt of {tilt:.1f} degrees; '
-                             'the volume would be sheared')
+    start, step = _even(frames, along, source)
+    aside = np.linalg.norm(places - places[0] - np.outer(along - along[0], normal), axis=1)
+    if aside.max() > .25*min(frames[0].spacing):
+        k = int(aside.argmax())
+        raise ValueError(f'{source}: slices lie up to {aside[k]:.1f} mm aside of the first, as by a gantry tilt of '
+                         f'{np.degrees(np.arctan2(aside[k], along[k] - along[0])):.1f} degrees; the volume would be sheared')
     (down, across), affine = frames[0].spacing, np.eye(4)
     affine[:3] = np.stack([u*across, v*down, normal*step, places[0] + (start - along[0])*normal], 1)
     return frames, affine
 
-# %% ../nbs/001_dicom.ipynb #312b49ea
+# %% ../nbs/001_dicom.ipynb #f5efd90b
 @dataclass(frozen=True)
 class _Pixels:
     dtype: np.dtype  # of the stored numbers
@@ -324,13 +374,14 @@ class _Pixels:
     padding: tuple | None  # (from, to), stored numbers that were not measured
     air: int  # what they become
 
-def _pixels(header, rescaled):
+# %% ../nbs/001_dicom.ipynb #e8503bc6
+def _pixels(header, unit):
     ds, label = header.ds, header.file.label
     with _readable(label, 'the tags that describe its pixels cannot be read'):
-        samples, photometric = int(ds.get('SamplesPerPixel') or 1), str(ds.get('PhotometricInterpretation'))
-        allocated, signed = int(ds.get('BitsAllocated') or 0), bool(ds.get('PixelRepresentation') or 0)
-        bits = int(ds.get('BitsStored') or allocated)
-        top, modality, unit = int(ds.get('HighBit', bits - 1)), header.modality, str(ds.get('RescaleType') or 'US')
+        samples, photometric = _whole(ds.get('SamplesPerPixel') or 1), str(ds.get('PhotometricInterpretation'))
+        allocated, signed = _whole(ds.get('BitsAllocated') or 0), bool(ds.get('PixelRepresentation') or 0)
+        bits = _whole(ds.get('BitsStored') or allocated)
+        top, modality = _whole(ds.get('HighBit', bits - 1)), header.modality
         edges = [ds[k] for k in ('PixelPaddingValue', 'PixelPaddingRangeLimit') if ds.get(k) is not None]
         edges = [int.from_bytes(e, 'little') if isinstance(e, bytes) else int(e) for e in edges]
     if samples != 1 or photometric not in ('MONOCHROME1', 'MONOCHROME2'):
@@ -338,30 +389,38 @@ def _pixels(header, rescaled):
     if allocated not in (8, 16, 32) or not 1 <= bits <= allocated or top != bits - 1:
         raise ValueError(f'{label}: {bits} of {allocated} bits with the highest at {top}, expected 8, 16 or 32 bits that are filled from below')
     if 'ModalityLUTSequence' in ds: raise ValueError(f'{label}: its numbers pass through a table (Modality LUT), expected a slope and an intercept')
-    if modality == 'CT' and (not rescaled or unit not in ('HU', 'US')):
-        raise ValueError(f'{label}: a CT image {"in another unit than HU" if rescaled else "without RescaleIntercept, so its numbers are not HU"}')
+    if modality == 'CT' and unit not in ('HU', 'US'):
+        raise ValueError(f'{label}: a CT image {"in another unit than HU" if unit else "without RescaleIntercept, so its numbers are not HU"}')
     wrap = 1 << allocated
     edges = sorted((e + wrap//2) % wrap - wrap//2 if signed else e % wrap for e in edges)      # they may be written with the other sign
     return _Pixels(np.dtype(f'<{"iu"[not signed]}{allocated//8}'), -(1 << bits - 1) if signed else 0, (1 << bits - signed) - 1,
-                   photometric == 'MONOCHROME1' and modality not in ('CT', 'PT') and unit == 'US',
+                   photometric == 'MONOCHROME1' and modality not in ('CT', 'PT') and unit in (None, 'US'),
                    (edges[0], edges[-1]) if edges else None, -1024 if modality == 'CT' else 0)
 
-# %% ../nbs/001_dicom.ipynb #9fccb324
+# %% ../nbs/001_dicom.ipynb #c594daa1
+def _unpadded(stored, pixels):
+    "The stored numbers with 0 where they are padding, and where that is (None: nowhere)."
+    air = (stored >= pixels.padding[0]) & (stored <= pixels.padding[1]) if pixels.padding else np.False_
+    return (np.where(air, stored.dtype.type(0), stored), air) if air.any() else (stored, None)
+
+def _within_bits(stored, pixels, label):
+    "The stored numbers as what their bits mean."
+    lowest, highest = int(stored.min()), int(stored.max())
+    if pixels.low <= lowest and highest <= pixels.high: return stored
+    if lowest < 0 or pixels.low == 0 or highest > pixels.high - pixels.low:
+        raise ValueError(f'{label}: pixels hold {lowest}..{highest}, its bits can hold {pixels.low}..{pixels.high}')
+    return (stored ^ -pixels.low) + pixels.low                                                   # spread the sign
+
+# %% ../nbs/001_dicom.ipynb #f164e0ae
 def _in_units(stored, pixels, frame):
     "The numbers of one frame in their unit: whole numbers stay whole (int16, int32 or int64), others are float64."
-    air, label = None, frame.header.file.label
-    if pixels.padding:
-        air = (stored >= pixels.padding[0]) & (stored <= pixels.padding[1])
-        if air.any(): stored = np.where(air, stored.dtype.type(0), stored)
-        else: air = None
-    lowest, highest = int(stored.min()), int(stored.max())
-    if lowest < pixels.low or highest > pixels.high:
-        if lowest < 0 or pixels.low == 0 or highest > pixels.high - pixels.low:
-            raise ValueError(f'{label}: pixels hold {lowest}..{highest}, its bits can hold {pixels.low}..{pixels.high}')
-        stored = (stored ^ -pixels.low) + pixels.low                                             # spread the sign
-        lowest, highest = int(stored.min()), int(stored.max())
+    label, slope, intercept = frame.header.file.label, frame.slope, frame.intercept
+    if slope == 0: raise ValueError(f'{label}: its RescaleSlope is 0, which makes all its numbers one')
+    kept, air = _unpadded(stored, pixels)
+    stored = _within_bits(kept, pixels, label)
+    if stored is not kept and air is None: stored, air = _unpadded(stored, pixels)             # padding that had lost its sign too
     if pixels.inverted: stored = pixels.low + pixels.high - stored.astype(np.int64)
-    slope, intercept = frame.slope, frame.intercept
+    lowest, highest = int(stored.min()), int(stored.max())
     whole = slope.is_integer() and intercept.is_integer() and abs(slope) < 1 << 14 and abs(intercept) < 1 << 30
     fits = -32768 <= min(intercept, lowest + intercept) and max(intercept, highest + intercept) <= 32767
     if whole and slope == 1 and stored.itemsize == 2 and fits:
@@ -373,12 +432,12 @@ def _in_units(stored, pixels, frame):
     if air is not None: values[air] = pixels.air
     return values
 
-# %% ../nbs/001_dicom.ipynb #decac734
+# %% ../nbs/001_dicom.ipynb #34200c0f
 def _check_size(headers, source):
     "Refuse what declares more pixels than its bytes can hold, before memory is asked for."
     declared = stored = 0
     for h in headers:
-        with _readable(h.file.label, 'its BitsAllocated cannot be read'): need = math.prod(h.shape)*max(int(h.ds.get('BitsAllocated') or 0), 1)//8
+        with _readable(h.file.label, 'its BitsAllocated cannot be read'): need = math.prod(h.shape)*max(_whole(h.ds.get('BitsAllocated') or 0), 1)//8
         left = h.file.size - h.at - (8 if h.syntax == uids.ImplicitVRLittleEndian else 12)
         if h.syntax in (uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian, uids.ExplicitVRBigEndian) and need > left:
             raise ValueError(f'{h.file.label}: cut short, {need} bytes of pixels declared and {left} in the file')
@@ -386,6 +445,7 @@ def _check_size(headers, source):
     if is_bomb(declared, stored):
         raise ValueError(f'{source}: {declared >> 20} MiB of pixels declared by {stored} bytes, more than {MAX_RATIO} : 1, which no images reach')
 
+# %% ../nbs/001_dicom.ipynb #d79858e2
 def _stored(header, pixels, raw):
     "The stored numbers of one file, (frames, rows, columns)."
     label, shape = header.file.label, header.shape
@@ -400,7 +460,7 @@ def _stored(header, pixels, raw):
     with _readable(label, f'its pixels, stored as {name}, cannot be decoded here'):
         return pydicom.dcmread(io.BytesIO(raw)).pixel_array.reshape(shape).astype(pixels.dtype, copy=False)
 
-# %% ../nbs/001_dicom.ipynb #7c34938a
+# %% ../nbs/001_dicom.ipynb #1136ba25
 _PLACED = ('CT', 'MR', 'PT')
 
 def _as_picture(frame):
@@ -408,10 +468,11 @@ def _as_picture(frame):
     frames, y, x = frame.header.shape
     return replace(frame, position=(1. - x, 1. - y, 0.), orientation=(1., 0., 0., 0., 1., 0.), spacing=(1., 1.), thickness=1.)
 
+# %% ../nbs/001_dicom.ipynb #50155f38
 def _load(frames, affine, time_limit):
     "The values of the frames in one array, turned to RAS+, and its affine."
     headers = list({id(f.header): f.header for f in frames}.values())
-    pixels = {id(f.header): _pixels(f.header, f.rescaled) for f in frames}
+    pixels = {id(f.header): _pixels(f.header, f.unit) for f in frames}
     shape = *headers[0].shape[:0:-1], len(frames)
     affine = np.diag([-1., -1., 1., 1.]) @ affine
     turn = io_orientation(affine)
@@ -431,7 +492,7 @@ def _load(frames, affine, time_limit):
     affine = affine @ inv_ornt_aff(np.stack([np.arange(3), turn[:, 1]], 1), shape)
     return volume.transpose(2, 1, 0).transpose(axes), affine[:, [*axes, 3]]
 
-# %% ../nbs/001_dicom.ipynb #42a05994
+# %% ../nbs/001_dicom.ipynb #c255a7d0
 def read_dicom(
     source: str | os.PathLike | list,  # folder (with subfolders), .zip, folder in a .zip ('a.zip/1'), one file, list of files
     series_uid: str | None = None,  # which series, if the source holds several
@@ -441,18 +502,19 @@ def read_dicom(
 
     Raises `FileNotFoundError`, `TimeoutError`, and `ValueError` with the reason and the numbers for whatever is not one evenly
     spaced stack of grey images. Messages repeat what the caller wrote and never a name or a tag found inside."""
-    with _quiet(), _files(source) as files:
-        headers = _choose(_headers(files, source, time_limit), series_uid, source)
-        _check_size(headers, source)
+    title = _title(source)
+    with _quiet, _files(source) as files:
+        headers = _choose(_headers(files, title, time_limit), series_uid, title)
+        _check_size(headers, title)
         frames = [f for h in headers for f in _places(h)]
         if len(frames) == 1 and frames[0].position is None and headers[0].modality not in _PLACED: frames = [_as_picture(frames[0])]
-        data, affine = _load(*_grid(frames, source), time_limit)
+        data, affine = _load(*_grid(frames, title), time_limit)
     img = nib.Nifti1Image(data, affine)
     img.header.set_xyzt_units('mm')
     if all(h.simulated for h in headers): img.header['descrip'] = 'SIMULATED'
     return img
 
-# %% ../nbs/001_dicom.ipynb #77efcf64
+# %% ../nbs/001_dicom.ipynb #110d6431
 _WRITTEN = dict(CT=(uids.CTImageStorage, -1024, 'AXIAL'), MR=(uids.MRImageStorage, 0, 'OTHER'))
 
 def _laid_out(img, modality, what):
@@ -463,14 +525,15 @@ def _laid_out(img, modality, what):
     data, affine = np.asanyarray(turned.dataobj), np.diag([-1., -1., 1., 1.]) @ turned.affine
     if not np.isfinite(data).all(): raise ValueError(f'{what}: refusing to write NaN or infinity')
     intercept = _WRITTEN[modality][1]
-    if (data != np.rint(data)).any(): raise ValueError(f'{what}: values are not whole numbers; round them first')
+    if data.dtype.kind not in 'iub' and (data != np.rint(data)).any(): raise ValueError(f'{what}: values are not whole numbers; round them first')
     if data.min() - intercept < -32768 or data.max() - intercept > 32767:
         raise ValueError(f'{what}: values {data.min():g}..{data.max():g} do not fit into 16 bits')
     unit = affine[:3, :3]/np.linalg.norm(affine[:3, :3], axis=0)
     if not np.allclose(unit.T @ unit, np.eye(3), atol=1e-4):
         raise ValueError(f'{what}: the axes of the affine are not at right angles, which DICOM cannot express')
-    return (data.astype(np.int32) - intercept).astype('<i2'), affine, unit
+    return np.subtract(data, intercept, dtype='<i2', casting='unsafe'), affine, unit
 
+# %% ../nbs/001_dicom.ipynb #11dfd9a3
 def _common(modality, series, study, body, affine, unit, shape):
     "The tags that all slices of a simulated series share."
     ds, (kind, intercept, view), spacing = Dataset(), _WRITTEN[modality], np.linalg.norm(affine[:3, :3], axis=0)
@@ -481,7 +544,7 @@ def _common(modality, series, study, body, affine, unit, shape):
     ds.DerivationDescription = 'SIMULATED by sbldm_nb, of no patient; not for diagnosis'
     ds.PatientName = ds.PatientID = 'SIMULATED'
     for tag in ('PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName PositionReferenceIndicator '
-                'AcquisitionNumber Manufacturer ' + dict(CT='KVP', MR='ScanningSequence SequenceVariant EchoTime')[modality]).split():
+                'PatientPosition AcquisitionNumber Manufacturer ' + dict(CT='KVP', MR='ScanOptions MRAcquisitionType EchoTime EchoTrainLength')[modality]).split():
         setattr(ds, tag, '')
     ds.StudyInstanceUID, ds.FrameOfReferenceUID, ds.SeriesInstanceUID, ds.SeriesNumber = study, body, uids.generate_uid(prefix=None), 1
     ds.ImageOrientationPatient = [format_number_as_ds(float(n)) for n in (*unit[:, 0], *unit[:, 1])]
@@ -489,10 +552,11 @@ def _common(modality, series, study, body, affine, unit, shape):
     ds.SliceThickness = ds.SpacingBetweenSlices = format_number_as_ds(float(spacing[2]))
     ds.Columns, ds.Rows, ds.SamplesPerPixel, ds.PhotometricInterpretation = *shape[:2], 1, 'MONOCHROME2'
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
+    if modality == 'MR': ds.ScanningSequence, ds.SequenceVariant = 'RM', 'NONE'                  # research mode: no sequence of a scanner
     if modality == 'CT': ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType, ds.WindowCenter, ds.WindowWidth = 1, intercept, 'HU', 40, 400
     return ds
 
-# %% ../nbs/001_dicom.ipynb #834317b7
+# %% ../nbs/001_dicom.ipynb #088eea5e
 def _series_files(img, modality, series, study, body, what):
     "The bytes of the files of one series, in the order of its slices."
     stored, affine, unit = _laid_out(img, modality, what)
@@ -505,6 +569,7 @@ def _series_files(img, modality, series, study, body, what):
         ds.save_as(buffer, enforce_file_format=True)
         yield buffer.getvalue()
 
+# %% ../nbs/001_dicom.ipynb #e89954f9
 def write_dicom(
     img: nib.Nifti1Image | dict,  # a simulated volume of whole numbers (CT: HU), or {folder: volume} of one patient
     path: str | os.PathLike,  # a new folder, or a file that ends in .zip
@@ -515,6 +580,7 @@ def write_dicom(
     one_of(modality, _WRITTEN, 'modality')
     path, study, body = Path(path), uids.generate_uid(prefix=None), uids.generate_uid(prefix=None)
     images = img if isinstance(img, dict) else {'': img}
+    if not images: raise ValueError(f'{path}: no images to write')
     for name in images:
         if not re.fullmatch(r'[\w-]*', str(name)): raise ValueError(f'folder {name!r}: expected letters, digits, - and _')
     files = ((Path(str(name))/f'IM{k:05d}.dcm', raw) for name, one in images.items()
@@ -532,7 +598,7 @@ def write_dicom(
     finally: shutil.rmtree(partial, ignore_errors=True)
     return path
 
-# %% ../nbs/001_dicom.ipynb #28e6b335
+# %% ../nbs/001_dicom.ipynb #a9bfbe67
 _KEPT = {tag_for_keyword(k) for k in (
     'ImageType Modality PatientPosition SamplesPerPixel PhotometricInterpretation Rows Columns NumberOfFrames BitsAllocated BitsStored HighBit '
     'PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit PixelSpacing ImagePositionPatient ImageOrientationPatient SliceThickness '
@@ -543,6 +609,7 @@ _KEPT = {tag_for_keyword(k) for k in (
 _WORDS = set('ORIGINAL DERIVED PRIMARY SECONDARY AXIAL LOCALIZER VOLUME OTHER CT MR PT NM CR DX US HFS HFP FFS FFP HFDR HFDL FFDR FFDL '
              'MONOCHROME1 MONOCHROME2 YES NO 00 01 RESEARCH HU'.split())
 
+# %% ../nbs/001_dicom.ipynb #81035b63
 def _keyed_uid(uid): return f'2.25.{int(keyed(f"uid:{uid}")[:32], 16)}'
 
 def _technical(ds):
@@ -551,36 +618,47 @@ def _technical(ds):
     for e in (ds[tag] for tag in sorted(_KEPT & ds.keys())):
         if e.is_empty: continue
         if e.VR == 'SQ': setattr(new, e.keyword, [_technical(item) for item in e.value])
-        elif e.VR in ('DS', 'IS', 'US', 'SS', 'FD', 'FL', 'UL', 'SL'): setattr(new, e.keyword, e.value)
+        elif e.VR in ('DS', 'IS', 'US', 'SS', 'FD', 'FL', 'UL', 'SL'): new.add_new(e.tag, e.VR, e.value)
         else:
             words = [w if w in _WORDS else 'OTHER' for w in ([e.value] if isinstance(e.value, str) else e.value)]
             if words != ['OTHER']: setattr(new, e.keyword, words if e.VM > 1 else words[0])
     return new
 
-# %% ../nbs/001_dicom.ipynb #e35ef8a4
+# %% ../nbs/001_dicom.ipynb #825a1e4a
+_IDS = ('SOPInstanceUID', 'StudyInstanceUID', 'SeriesInstanceUID', 'FrameOfReferenceUID')
+
+def _may_leave(ds):
+    "Refuse a data set whose pixels may show names, or that loses its meaning with the tags that are dropped."
+    burned, kind = str(ds.get('BurnedInAnnotation') or '').strip().upper(), ds.get('ImageType') or ()
+    primary = ds.get('Modality') in _PLACED and 'PRIMARY' in kind and 'SECONDARY' not in kind and 'Secondary Capture' not in ds.SOPClassUID.name
+    grey = ds.get('SamplesPerPixel') == 1 and ds.get('PhotometricInterpretation') in ('MONOCHROME1', 'MONOCHROME2')
+    if burned not in ('', 'NO'): return 'names may be burned into its pixels, it says so'
+    if not burned and not primary: return 'names may be burned into its pixels, it does not say that there are none'
+    if not grey or ds.get('BitsAllocated') not in (8, 16, 32) or 'PixelData' not in ds: return 'expected a grey image of 8, 16 or 32 bits'
+    if 'ModalityLUTSequence' in ds: return 'its numbers pass through a table (Modality LUT), which would be lost'
+    if lost := [k for k in _IDS[:3] if not ds.get(k)]: return f'it lacks its {lost[0]}'
+
+# %% ../nbs/001_dicom.ipynb #c910ead2
 def deidentify(
     ds: Dataset,  # a grey image as pydicom reads it, with its file meta information
     patient: str | None = None,  # whose it is; None: its PatientID
 ) -> Dataset:  # a new data set: geometry, pixels, technical numbers; pseudonym and keyed UIDs
     "What remains of a header when only what an image needs is let through; `ValueError` if names may be burned into the pixels."
-    with _quiet():
-        with _readable('the data set', 'a tag that would be kept cannot be read'):
-            new, burned, sop = _technical(ds), str(ds.get('BurnedInAnnotation') or ''), ds.SOPClassUID
+    label = 'the data set'
+    with _quiet:
+        with _readable(label, 'a tag that would be kept cannot be read'):
+            why, new, sop = _may_leave(ds), _technical(ds), str(ds.get('SOPClassUID'))
+            ids = {k: _keyed_uid(ds.get(k)) for k in _IDS if ds.get(k)}
             identity = str(patient if patient is not None else ds.get('PatientID') or '').strip()
-            primary = ds.get('Modality') in _PLACED and 'SECONDARY' not in (ds.get('ImageType') or ())
-        if burned == 'YES' or burned != 'NO' and not primary:
-            why = 'it says so' if burned == 'YES' else 'it does not say that there are none'
-            raise ValueError(f'the data set: names may be burned into its pixels, {why}')
-        if new.get('SamplesPerPixel') != 1: raise ValueError('the data set: expected a grey image')
-        if not identity: raise ValueError('the data set: it has no PatientID, so say whose it is by `patient`')
-        with _readable('the data set', 'its pixels cannot be decoded'): pixels = ds.pixel_array
+        if why: raise ValueError(f'{label}: {why}')
+        if not identity: raise ValueError(f'{label}: it has no PatientID, so say whose it is by `patient`')
+        with _readable(label, 'its pixels cannot be decoded'): pixels = ds.pixel_array
     new.file_meta = FileMetaDataset()
     new.file_meta.TransferSyntaxUID = uids.ExplicitVRLittleEndian
     new.SOPClassUID = sop if sop in uids.UID_dictionary else uids.SecondaryCaptureImageStorage
-    for tag in ('SOPInstanceUID', 'StudyInstanceUID', 'SeriesInstanceUID', 'FrameOfReferenceUID'):
-        if ds.get(tag): setattr(new, tag, _keyed_uid(ds.get(tag)))
     new.PatientName = new.PatientID = pseudonym(identity)
     for tag in 'PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName'.split(): setattr(new, tag, '')
+    for tag, uid in ids.items(): setattr(new, tag, uid)
     new.PatientIdentityRemoved, new.LongitudinalTemporalInformationModified = 'YES', 'REMOVED'
     new.DeidentificationMethod = 'allow-list of technical tags, keyed UIDs, pixels written anew'
     new.PixelData = pixels.astype(pixels.dtype.newbyteorder('<')).tobytes()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sbldm_nb.data import crop_or_pad, read_image, resample, spacing_of, split_patients, to_ras, write_image
+from sbldm_nb.data import crop_or_pad, read_image, read_volumes, resample, spacing_of, split_patients, to_ras, write_image
 from sbldm_nb.files import list_images
 
 SHIPPED = Path(nib.__file__).parent/'tests/data'
@@ -289,6 +289,31 @@ def test_nifti2(tmp_path):
     np.testing.assert_array_equal(np.asanyarray(img.dataobj), np.asanyarray(series.dataobj)[::-1, ..., 0])
 
 
+@pytest.mark.parametrize('suffix', ['.nii', '.nii.gz'])
+def test_several_volumes_are_those_read_one_by_one(tmp_path, suffix):
+    series = nib.Nifti1Image(np.random.default_rng(0).normal(size=(5, 6, 7, 9)).astype(np.float32), np.diag([-2, 3, 4, 1]))
+    nib.save(series, path := tmp_path/f'series{suffix}')
+    for k, img in zip((8, 0, 3, 3), read_volumes(path, [8, 0, 3, 3])):
+        one = read_image(path, volume=k)
+        np.testing.assert_array_equal(img.get_fdata(), series.get_fdata()[::-1, ..., k])
+        np.testing.assert_array_equal(one.get_fdata(), img.get_fdata())
+        np.testing.assert_array_equal(one.affine, img.affine)
+    for bad in ([0, 9], [-1], ['1'], [.5]): refused(path, 'is wanted, the file holds 0 to 8', read=lambda p: read_volumes(p, bad))
+    refused(tmp_path, 'volumes are for NIFTI, this is dicom', read=lambda p: read_volumes(p, [0]))
+
+
+@pytest.mark.parametrize('s, q, fits', [((2, 3, 4), (2, 3, 4), True), ((-2, 3, 4), (-2, 3, 4), True), ((2, 3, 4), (-2, 3, 4), False), ((-2, 3, 4), (2, 3, 4), False),
+                                        ((-2, -3, 4), (2, 3, 4), True)])
+def test_two_orientations_that_disagree_on_left_and_right(tmp_path, s, q, fits):
+    "A sform wins over a qform, unless one is the mirror image of the other. Turned by 180 degrees is not mirrored."
+    img = nib.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.diag([*s, 1]))
+    img.set_qform(np.diag([*q, 1]), code=1)
+    for image, path in ((img, tmp_path/'a.nii'), (nib.Nifti2Image.from_image(img), tmp_path/'b.nii')):
+        nib.save(image, path)
+        if fits: np.testing.assert_allclose(read_image(path).affine, to_ras(img).affine)
+        else: refused(path, 'disagree on left and right')
+
+
 def test_missing_orientation_warns(tmp_path):
     img = nib.Nifti1Image(np.ones((3, 3, 3), np.float32), np.eye(4))
     img.set_sform(np.eye(4), code=0)
@@ -360,6 +385,13 @@ def test_values_of_every_type_come_back(dtype, tmp_path):
     back = read_image(write_image(img, tmp_path/'a.nii.gz'))
     np.testing.assert_array_equal(np.asanyarray(back.dataobj), data[::-1])
     assert nib.load(tmp_path/'a.nii.gz').header.get_slope_inter() in ((None, None), (1., 0.))
+
+
+def test_numbers_that_are_not_real_are_not_written(tmp_path):
+    for dtype in (np.complex64, np.dtype([('R', 'u1'), ('G', 'u1'), ('B', 'u1')])):
+        img = nib.Nifti1Image(np.zeros((4, 5, 6), dtype), np.eye(4))
+        refused(tmp_path/'a.nii', 'expected one real number per voxel', read=lambda p: write_image(img, p))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failing_disk_leaves_the_old_file(tmp_path, monkeypatch):

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from sbldm_nb.augment import Augment, read_box
 from sbldm_nb.cohort import Cohort
 from sbldm_nb.ct import GEOMETRIES, Geometry, average_slices, thick_slices
 from sbldm_nb.data import Cache, Intensity, preprocess, read_image, resample, spacing_of, write_image
-from sbldm_nb.datasets import (Augment, BalancedSampler, CachedSlices, CachedVolumes, EpochSampler, GridPatches, InpaintingTriples, RandomPatches,
-                               SliceDataset, TensorSlices, ThickThinPairs, loaders, read_box)
+from sbldm_nb.datasets import (BalancedSampler, CachedSlices, CachedVolumes, EpochSampler, GridPatches, InpaintingTriples, RandomPatches,
+                               SliceDataset, TensorSlices, ThickThinPairs, loaders)
 
 ANATOMICAL = Path(nib.__file__).parent/'tests/data/anatomical.nii'
 

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -119,7 +121,7 @@ def ct_slice(k, tilt=0., syntax=uids.ExplicitVRLittleEndian, **tags):
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = syntax
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = uids.CTImageStorage, f'1.2.3.{k + 1}', 'CT'
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality, ds.ImageType = uids.CTImageStorage, f'1.2.3.{k + 1}', 'CT', ['ORIGINAL', 'PRIMARY', 'AXIAL']
     ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.FrameOfReferenceUID = '1.2.3', '1.2', '1.2.9'
     ds.PatientName, ds.PatientID, ds.SeriesDescription = 'MILLER^ANNA', 'MILLER-0048213', 'CT of MILLER'
     ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing = [-3., -4 + k*tilt, 2.5*k], [1, 0, 0, 0, 1, 0], [1.5, 1.]
@@ -164,6 +166,33 @@ def test_names_and_numbers_of_instances_are_no_geometry(tmp_path):
 def test_gantry_tilt_tells_its_angle(tmp_path, tilt, degrees): refused(save(tmp_path/'c', [ct_slice(k, tilt) for k in range(9)]), f'gantry tilt of {degrees} degrees')
 
 
+def test_a_slice_that_moved_aside_is_seen_in_the_middle_too(tmp_path):
+    refused(save(tmp_path/'c', [ct_slice(k, .8 if k == 4 else 0) for k in range(9)]), 'slices lie up to 3.2 mm aside of the first')
+
+
+@pytest.mark.parametrize('extra, even', [(.05, True), (.1, True), (.2, False), (.3, False), (-.3, False)])
+def test_one_step_that_is_not_like_the_others(tmp_path, extra, even):
+    places = np.cumsum([0, *[3.]*5, 3. + extra, *[3.]*5])
+    folder = save(tmp_path/'c', [ct_slice(k, ImagePositionPatient=[-3., -4., z]) for k, z in enumerate(places)])
+    if even: assert read_dicom(folder).shape[2] == 12
+    else: refused(folder, f'{3 + extra:.2f} mm between slices 6 and 7 of 12, expected 3.00 mm')
+
+
+def test_random_directions_as_highdicom_sees_them(tmp_path):
+    import highdicom as hd
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+        img = nib.Nifti1Image(rng.integers(-1024, 3000, (5, 6, 7)).astype(np.int16),
+                              nib.affines.from_matvec(turn*rng.uniform(.3, 3, 3), rng.uniform(-200, 200, 3)))
+        back, ras = read_dicom(write_dicom(img, tmp_path/f'{k}')), nib.as_closest_canonical(img)
+        volume = hd.get_volume_from_series([pydicom.dcmread(p) for p in (tmp_path/f'{k}').iterdir()])
+        theirs = nib.as_closest_canonical(nib.Nifti1Image(volume.array.astype(np.int16), np.diag([-1., -1, 1, 1]) @ volume.affine))
+        for other in (ras, theirs):
+            np.testing.assert_array_equal(back.dataobj, other.dataobj)
+            np.testing.assert_allclose(back.affine, other.affine, atol=1e-5)
+
+
 def test_positions_rounded_by_the_scanner_are_a_stack(tmp_path):
     slices = [ct_slice(k, ImagePositionPatient=[-3., -4., round(.625*k, 1)]) for k in range(40)]
     img = read_dicom(save(tmp_path/'c', slices))
@@ -183,9 +212,10 @@ def test_any_inner_slice_that_is_missing_is_seen(tmp_path, missing):
     ('pixels hold 0..47, its bits can hold 0..31', dict(BitsStored=5, HighBit=4)), ('expected 8, 16 or 32 bits', dict(HighBit=15)),
     ('expected 8, 16 or 32 bits', dict(BitsAllocated=1, BitsStored=1, HighBit=0)), ('in another unit than HU', dict(RescaleType='MILLER')),
     ('without RescaleIntercept', dict(RescaleIntercept=None)), ('Modality LUT', dict(ModalityLUTSequence=[Dataset()])),
-    ('frames of 6 x 8 pixels, expected at least one', dict(NumberOfFrames=-5)), ('expected at least one', dict(Rows=0)),
+    ('frames of 6 x 8 pixels, expected at least one', dict(NumberOfFrames=-5)), ('expected at least one', dict(Rows=0)), ('damaged or cut short', dict(NumberOfFrames='1' + '0'*300)),
     ('cut short', dict(Rows=65535, Columns=65535)), ('2000000000 frames and 0 functional groups', dict(NumberOfFrames=2000000000, PixelData=b'\0\0')),
-    ('is not a UID', dict(SeriesInstanceUID='MILLER'))])
+    ('is not a UID', dict(SeriesInstanceUID='MILLER')), ('a mosaic, many slices tiled', dict(Modality='MR', ImageType=['ORIGINAL', 'PRIMARY', 'M', 'MOSAIC'])),
+    ('its RescaleSlope is 0', dict(RescaleSlope=0)), ('without RescaleIntercept', dict(Modality='', RescaleIntercept=None))])
 def test_one_slice_with_one_wrong_fact(tmp_path, cause, tags):
     if cause.startswith('2000000000'): cause = 'cut short'
     refused(save(tmp_path/'c', [ct_slice(0, **tags)]), cause)
@@ -204,6 +234,37 @@ def test_a_late_slice_that_does_not_fit_turns_all_to_float32_and_loses_nothing(t
     img = read_dicom(save(tmp_path/'c', slices))
     assert img.get_data_dtype() == np.float32
     for k, low in enumerate((0, 100, 65000)): np.testing.assert_array_equal(np.sort(np.asarray(img.dataobj)[:, :, k].ravel()), np.arange(48) + low)
+
+
+def test_padding_that_has_lost_its_sign(tmp_path):
+    data = np.where(np.arange(48) < 5, -2000, 500)
+    ds = ct_slice(0, PixelRepresentation=1, PixelPaddingValue=-2000, PixelData=(data % 4096).astype('<u2').tobytes())
+    assert np.unique(read_dicom(save(tmp_path/'c', [ds])).dataobj).tolist() == [-1024, 500 - 1024]
+
+
+def test_a_file_whose_class_alone_says_that_it_is_ct(tmp_path):
+    img = read_dicom(save(tmp_path/'c', [ct_slice(0, Modality='', PixelPaddingValue=3, PhotometricInterpretation='MONOCHROME1')]))
+    np.testing.assert_array_equal(np.sort(np.asarray(img.dataobj).ravel()), [-1024, *(k - 1024 for k in range(48) if k != 3)])
+
+
+def item(**tags):
+    ds = Dataset()
+    for tag, value in tags.items(): setattr(ds, tag, value)
+    return ds
+
+
+@pytest.mark.parametrize('units, cause', [(['HU']*3, ''), (['Z_EFF']*3, 'in another unit than HU'), (['HU', 'HU', 'Z_EFF'], 'several units')])
+def test_the_unit_of_an_enhanced_file_stands_in_its_groups(tmp_path, units, cause):
+    ds, parts = ct_slice(0), [ct_slice(k) for k in range(3)]
+    for tag in 'ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept'.split(): delattr(ds, tag)
+    ds.SOPClassUID, ds.NumberOfFrames, ds.PixelData = uids.EnhancedCTImageStorage, 3, b''.join(p.PixelData for p in parts)
+    ds.SharedFunctionalGroupsSequence = [item(PixelMeasuresSequence=[item(PixelSpacing=[1.5, 1.], SliceThickness=2.5)],
+                                              PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])])]
+    ds.PerFrameFunctionalGroupsSequence = [item(
+        PlanePositionSequence=[item(ImagePositionPatient=p.ImagePositionPatient)],
+        PixelValueTransformationSequence=[item(RescaleSlope=1, RescaleIntercept=-1024, RescaleType=u)]) for p, u in zip(parts, units)]
+    if cause: return refused(save(tmp_path/'c', [ds]), cause)
+    np.testing.assert_array_equal(read_dicom(save(tmp_path/'c', [ds])).dataobj, read_dicom(save(tmp_path/'d', parts)).dataobj)
 
 
 def test_padding_that_is_written_with_the_other_sign(tmp_path):
@@ -300,6 +361,31 @@ def test_archives(tmp_path):
     raw[at:at + 20] = os.urandom(20)
     (tmp_path/'bad.zip').write_bytes(raw)
     refused(tmp_path/'bad.zip', 'file 3 of 7 in the order of their names')
+
+
+def test_a_long_list_is_not_repeated(tmp_path):
+    case = save(tmp_path/'c', [ct_slice(k) for k in range(40) if k != 20])
+    refused(sorted(case.iterdir()), 'the list of 39 files: 5.00 mm between slices 20 and 21')
+
+
+def test_a_folder_that_shows_names_and_nothing_else():
+    "Names may be listed and files not be looked at; root gives itself up to see that."
+    with tempfile.TemporaryDirectory() as top:
+        case = save(Path(top)/'c', [ct_slice(k) for k in range(3)])
+        for p, mode in ((Path(top), 0o755), (case, 0o444)): p.chmod(mode)
+        code = f'import os; from sbldm_nb.dicom import read_dicom; os.geteuid() or os.setuid(65534); read_dicom({str(case)!r})'
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/')
+        case.chmod(0o755)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f'ValueError: {case}: entry 1: it cannot be looked at (Permission denied)'
+    assert 'MILLER' not in done.stderr
+
+
+def test_threads_that_read_at_once_leave_warnings_and_logs_as_they_were(tmp_path):
+    case, filters, level = save(tmp_path/'c', [ct_slice(k) for k in range(20)]), list(warnings.filters), logging.getLogger('pydicom').level
+    threads = [threading.Thread(target=lambda: [read_dicom(case) for _ in range(5)]) for _ in range(6)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert list(warnings.filters) == filters and logging.getLogger('pydicom').level == level
 
 
 def test_a_deflated_data_set_that_swells(tmp_path):
@@ -400,6 +486,7 @@ def test_what_dicom_cannot_say_is_not_written(tmp_path, data, affine, cause):
     img._affine = affine
     for path in (tmp_path/'x', tmp_path/'x.zip'):
         with pytest.raises(ValueError, match=cause): write_dicom(img, path)
+    with pytest.raises(ValueError, match='no images to write'): write_dicom({}, tmp_path/'x')
     with pytest.raises(ValueError, match="modality 'PET' is unknown"): write_dicom(img, tmp_path/'x', modality='PET')
     with pytest.raises(ValueError, match='expected letters'): write_dicom({'../up': img}, tmp_path/'x')
     assert not list(tmp_path.iterdir())
@@ -442,7 +529,7 @@ def test_deidentified_shipped_files_hold_the_same_pixels(tmp_path, name):
 
 
 def test_a_name_in_a_kept_tag_or_in_the_spare_bits_is_refused_or_dropped():
-    for tag in ('ImageType', 'Modality', 'PatientPosition', 'RescaleType'):
+    for tag in ('ImageType', 'Modality', 'PatientPosition', 'RescaleType', 'SeriesInstanceUID', 'SOPInstanceUID', 'SOPClassUID'):
         assert b'MILLER' not in content(deidentify(ct_slice(0, BurnedInAnnotation='NO', **{tag: 'MILLER'})))
     broken = ct_slice(0)
     broken[0x00281052] = pydicom.dataelem.RawDataElement(pydicom.tag.Tag(0x00281052), 'DS', 6, b'MILLER', 0, False, True)
@@ -452,3 +539,51 @@ def test_a_name_in_a_kept_tag_or_in_the_spare_bits_is_refused_or_dropped():
     assert (np.frombuffer(deidentify(pydicom.dcmread(io.BytesIO(content(ct_slice(0, PixelData=hidden))))).PixelData, '<u2') == np.arange(48)).all()
     longer = pydicom.dcmread(io.BytesIO(content(ct_slice(0, PixelData=np.arange(48).astype('<u2').tobytes() + b'MILLER'))))
     assert b'MILLER' not in content(deidentify(longer))
+
+
+@pytest.mark.parametrize('cause, tags', [
+    ('it says so', dict(BurnedInAnnotation='yes')), ('does not say', dict(SOPClassUID=uids.SecondaryCaptureImageStorage)), ('does not say', dict(ImageType=None)),
+    ('a grey image', dict(PhotometricInterpretation='PALETTE COLOR')), ('a grey image', dict(PixelData=None)), ('Modality LUT', dict(ModalityLUTSequence=[Dataset()])),
+    ('lacks its SeriesInstanceUID', dict(SeriesInstanceUID=None))])
+def test_what_may_not_leave(cause, tags):
+    ds = ct_slice(0, **tags)
+    for tag, value in tags.items():
+        if value is None: delattr(ds, tag)
+    with pytest.raises(ValueError, match=cause): deidentify(ds)
+
+
+def test_two_series_of_one_study_stay_together_and_odd_uids_are_not_told(capfd, recwarn, caplog):
+    raw = [content(ct_slice(0, SeriesInstanceUID=s, StudyInstanceUID='MILLER')) for s in ('1.2.3', 'MILLER.1')]
+    recwarn.clear()
+    caplog.clear()
+    caplog.set_level(logging.DEBUG)
+    a, b = (deidentify(pydicom.dcmread(io.BytesIO(r))) for r in raw)
+    assert (a.StudyInstanceUID, a.FrameOfReferenceUID) == (b.StudyInstanceUID, b.FrameOfReferenceUID) and a.SeriesInstanceUID != b.SeriesInstanceUID
+    out = capfd.readouterr()
+    assert not recwarn.list and 'MILLER' not in out.out + out.err + caplog.text
+
+
+def test_padding_with_the_other_sign_is_kept():
+    ds = ct_slice(0, PixelRepresentation=1, BitsStored=16, HighBit=15)
+    ds.add_new('PixelPaddingValue', 'US', 63536)
+    assert pydicom.dcmread(io.BytesIO(content(deidentify(ds)))).PixelPaddingValue in (63536, -2000)
+
+
+def test_a_name_in_every_text_of_the_dictionary_and_in_overlays_and_curves():
+    ds, planted, texts = ct_slice(0), 0, dict.fromkeys(('AE', 'CS', 'LO', 'LT', 'PN', 'SH', 'ST', 'UC', 'UR', 'UT'), 'MILLER')
+    texts |= dict(UI='1.2.4711', OB=b'MILLER', SQ=[item(PatientName='MILLER', ImageComments='MILLER')])
+    needed = {pydicom.tag.Tag(k) for k in ('BurnedInAnnotation', 'ModalityLUTSequence', 'SpecificCharacterSet')} | ds.keys()
+    for tag in map(pydicom.tag.Tag, pydicom.datadict.DicomDictionary):
+        vr = pydicom.datadict.dictionary_VR(tag)
+        if vr not in texts or tag in needed or tag.group in (0, 2, 4, 6): continue          # the last are of messages and of DICOMDIR
+        ds.add_new(tag, vr, texts[vr])
+        planted += 1
+    for group in (0x5000, 0x6000, 0x6002):
+        ds.add_new((group, 0x3000), 'OW', b'MILLER')
+        ds.add_new((group, 0x1500), 'LO', 'MILLER')
+    ds.private_block(0x7FE1, 'MILLER', create=True).add_new(1, 'UN', b'MILLER')
+    ds.add_new(0xFFFCFFFC, 'OB', b'MILLER')
+    raw = content(ds)
+    assert planted > 2900 and raw.count(b'MILLER') > 2500
+    clean = content(deidentify(pydicom.dcmread(io.BytesIO(raw))))
+    assert b'MILLER' not in clean and b'4711' not in clean and len(clean) < 3000

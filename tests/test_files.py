@@ -53,6 +53,12 @@ def test_time_points_of_one_patient_are_one_patient():
     assert {patient_of(n) for n in names} == {'BraTS-GLI-00005'}
     assert patient_of('BraTS-GLI-00050-000-t1n.nii.gz') == 'BraTS-GLI-00050'
     assert patient_of('BraTS20_Validation_125_flair.nii') == 'BraTS20_Validation_125'
+    assert {patient_of(f'UPENN-GBM-00001_{n}1_{m}.nii.gz') for n in '12' for m in ('T1', 'segm')} == {'UPENN-GBM-00001'}
+    assert {patient_of(f'BraTS-MEN-RT-0001-{n}_t1c.nii.gz') for n in '12'} == {'BraTS-MEN-RT-0001'}
+
+
+def test_a_name_that_is_no_valid_text_has_a_pseudonym():
+    assert pseudonym(os.fsdecode(b'DOE\xff')) == pseudonym(os.fsdecode(b'DOE\xff')) != pseudonym(os.fsdecode(b'DOE\xfe'))
 
 
 # archives
@@ -111,6 +117,16 @@ def test_bombs_by_ratio_by_size_and_by_overlap(tmp_path):
     assert not is_bomb(100 << 20, 1) and not is_bomb(200 << 20, 2 << 20)
 
 
+def test_a_table_that_is_longer_than_any_honest_one(tmp_path):
+    whole = archive(tmp_path/'x.zip', {NAME: b'1'}).read_bytes()
+    at, end = whole.index(b'PK\1\2'), whole.index(b'PK\5\6')
+    n = (17 << 20)//(end - at)
+    tail = bytearray(whole[end:])
+    tail[8:12], tail[12:16] = struct.pack('<HH', 65535, 65535), struct.pack('<I', n*(end - at))
+    (tmp_path/'long.zip').write_bytes(whole[:at] + whole[at:end]*n + tail)
+    refused(tmp_path/'long.zip', 'its table of members is longer than 16 MiB')
+
+
 def test_not_a_zip_cut_short_empty_and_nested(tmp_path):
     whole = archive(tmp_path/'x.zip', {f'{NAME}/{k}': os.urandom(100) for k in range(9)}).read_bytes()
     for n in (0, 1, 30, len(whole)//2, len(whole) - 1):
@@ -119,6 +135,7 @@ def test_not_a_zip_cut_short_empty_and_nested(tmp_path):
     refused(archive(tmp_path/'empty.zip', {}), 'holds no files')
     refused(archive(tmp_path/'nested.zip', {f'{NAME}.zip': whole}), 'only 1 further archives')
     refused(tmp_path/'x.zip', 'no files in the folder', inside='other')
+    refused(archive(tmp_path/'nameless.zip', {'': b'1'}), 'has no name')
     with pytest.raises(FileNotFoundError, match='no such file'): zip_members(tmp_path/'gone.zip')
 
 

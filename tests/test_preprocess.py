@@ -127,6 +127,13 @@ def test_one_volume_of_a_series_is_a_role(tmp_path):
             *(np.percentile(series[..., k][series[..., k] > 0], p) for p in (.5, 99.5))), atol=.1)
 
 
+def test_a_role_that_a_case_lacks_is_told(tmp_path):
+    source = write_brats(tmp_path/'in', 3)
+    (source/'BraTS-GLI-00001-000/BraTS-GLI-00001-000-t2f.nii.gz').unlink()
+    report = preprocess(source, tmp_path/'out', modality=['t1n', 't2f'])
+    assert report.failed == {f'{pseudonym("BraTS-GLI-00001")}-0': 'has no t2f; it has seg, t1n'}
+
+
 def test_rplhr_becomes_hounsfield(tmp_path):
     "RPLHR holds -1024..2048 HU as 0..1; thick and thin share the plane only."
     hu = np.random.default_rng(0).integers(-1024, 2048, (12, 12, 20)).astype(np.float32)
@@ -344,6 +351,48 @@ def test_patients_who_come_later(tmp_path):
     assert content(tmp_path/'out') == content(tmp_path/'fresh')
 
 
+def test_a_patient_who_is_withdrawn_leaves_the_manifest_and_the_report_says_what_is_left(tmp_path):
+    import shutil
+    preprocess(write_brats(tmp_path/'in', 4), tmp_path/'out')
+    shutil.rmtree(tmp_path/'in/BraTS-GLI-00001-000')
+    report = preprocess(tmp_path/'in', tmp_path/'out')
+    assert (len(report.skipped), report.strays) == (3, 1) and '1 older folder of cases that the source does not hold' in str(report)
+    assert pseudonym('BraTS-GLI-00001') not in (tmp_path/'out/manifest.json').read_text()
+
+
+def test_two_runs_that_begin_at_once_with_different_settings_never_mix(source, tmp_path):
+    "However the race ends: who laid down the settings may finish, the other is refused, and the manifest holds one kind only."
+    code = RUN.replace('spacing=2.', 'spacing=float(sys.argv[5])')
+    runs = [subprocess.Popen([sys.executable, '-c', code, source, tmp_path/'out', '1', '1/1', s], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for s in '23']
+    said = [run.communicate()[1] for run in runs]
+    kept = json.loads((tmp_path/'out/settings.json').read_bytes())['spacing']
+    for s, run, errors in zip((2., 3.), runs, said):
+        if s != kept: assert run.returncode == 1 and 'made with other settings' in errors
+    report = preprocess(source, tmp_path/'out', spacing=kept)
+    assert not report.failed
+    preprocess(source, tmp_path/'fresh', spacing=kept)
+    assert content(tmp_path/'out') == content(tmp_path/'fresh')
+
+
+def test_leftovers_inside_case_folders_go_but_nothing_behind_a_link(source, tmp_path):
+    preprocess(source, tmp_path/'out')
+    case = next((tmp_path/'out').glob('p*/case.json')).parent
+    (tmp_path/'elsewhere').mkdir()
+    (tmp_path/'out/link').symlink_to(tmp_path/'elsewhere')
+    files = [case/'.case.json.0123456789ab.partial', tmp_path/'elsewhere/.x.0123456789ab.partial', tmp_path/'out/.odd.partial']
+    for p in files:
+        p.write_text('half')
+        os.utime(p, (time.time() - 1e5,)*2)
+    preprocess(source, tmp_path/'out')
+    assert [p.exists() for p in files] == [False, True, False]
+
+
+def test_numbers_of_numpy_are_numbers(source, tmp_path):
+    kwargs = dict(spacing=np.float32(2), size=(np.int64(8), None, 9), seed=np.int64(42), fractions=np.array([.8, .1, .1]))
+    preprocess(source, tmp_path/'out', **kwargs)
+    assert preprocess(source, tmp_path/'out', spacing=2., size=(8, None, 9)).exit_code == 0
+
+
 # failing cases
 
 def test_failing_cases_are_told_and_the_others_kept(tmp_path):
@@ -360,7 +409,7 @@ def test_failing_cases_are_told_and_the_others_kept(tmp_path):
     report = preprocess(source, tmp_path/'out', workers=2)
     key = {i: f'{pseudonym(f"BraTS-GLI-{i:05}")}-0' for i in range(6)}
     causes = {key[0]: 't1n: not a readable NIfTI file', key[1]: 't2f: 1120 of 13440 voxels are NaN', key[2]: 'seg (4, 4, 4) and t1n (24, 28, 20) lie on different grids',
-              key[3]: 'seg: labels are whole numbers from 0 to 255, got 0.5 to 0.5', key[4]: 'no voxel above 0'}
+              key[3]: 'seg: labels are whole numbers from 0 to 255, got 0.5 to 0.5', key[4]: 't1n: no voxel above 0'}
     assert report.done == (key[5],) and report.exit_code == 1 and set(report.failed) == set(causes)
     for k, why in causes.items(): assert why in report.failed[k] and '\n' not in report.failed[k] and f'{k} failed: ' in str(report)
     cache = Cache(tmp_path/'out')
@@ -409,7 +458,48 @@ def test_a_worker_that_is_killed_costs_its_case_only(tmp_path):
     assert not list((tmp_path/'out').glob('.*'))
 
 
+def test_an_alarm_ends_a_worker_whose_parent_is_gone(tmp_path):
+    "Nothing hangs for ever: the parent is killed while its worker is at a long case."
+    write_image(nib.Nifti1Image(np.random.default_rng(0).random((160, 160, 160)).astype(np.float32) + 1, np.eye(4)), tmp_path/'in/big.nii')
+    (tmp_path/'found.pickle').write_bytes(pickle.dumps(Found('folder', tmp_path/'in', (Case('big', 'big', {'image': tmp_path/'in/big.nii'}, split='train'),), ())))
+    code = 'import pickle, sys\nfrom sbldm_nb.data import preprocess\npreprocess(pickle.load(open(sys.argv[1], "rb")), sys.argv[2], spacing=.3, time_limit=2.)'
+    run = subprocess.Popen([sys.executable, '-c', code, tmp_path/'found.pickle', tmp_path/'out'])
+    wait_for(lambda: any(w.memory_info().rss > 15e7 for w in children(run.pid)))
+    workers = children(run.pid)
+    run.kill()
+    run.wait()
+    wait_for(lambda: not any(w.is_running() and w.status() != 'zombie' for w in workers), 8)
+    assert not list((tmp_path/'out').glob('p*'))
+
+
+def test_a_disk_that_refuses_is_told_in_its_own_words(tmp_path):
+    "The system refuses files beyond 100 kB, as a full disk would: the small cases are kept, of the large one nothing, and the reason is told."
+    source = tmp_path/'in'
+    for who in 'abc': write_image(head(ord(who))[0], source/f'train/{who}_0.nii')
+    write_image(head(0, (40, 50, 60))[0], source/'val/big_0.nii')
+    code = 'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n' + RUN.replace('spacing=2.', 'crop=False')
+    run = subprocess.run([sys.executable, '-c', code, source, tmp_path/'out', '1'], capture_output=True, text=True)
+    key = f'{pseudonym("big")}-0'
+    assert run.returncode == 1 and run.stderr == '' and f'{key} failed: File too large' in run.stdout and '3 cases done' in run.stdout
+    assert not (tmp_path/'out'/key).exists() and not list((tmp_path/'out').rglob('.*'))
+    report = preprocess(source, tmp_path/'out', crop=False)
+    assert (report.done, len(report.skipped)) == ((key,), 3)
+
+
 # privacy
+
+def test_a_label_of_one_patient_is_no_class_but_a_name(tmp_path):
+    "Folders or tables may label each patient with a name; what several patients share is a class."
+    cases = []
+    for who, label in (('a', 'TLE'), ('b', 'TLE'), ('c', 'Mustermann'), ('d', 'Mueller')):
+        for visit in range(2):
+            write_image(head(visit)[0], tmp_path/f'in/{who}{visit}.nii.gz')
+            cases.append(Case(f'{who}{visit}', who, {'image': tmp_path/f'in/{who}{visit}.nii.gz'}, label=label))
+    preprocess(Found('folder', tmp_path/'in', tuple(cases), ()), tmp_path/'out')
+    labels = {c['patient']: c['label'] for c in Cache(tmp_path/'out').cases()}
+    assert labels == {pseudonym('a'): 'TLE', pseudonym('b'): 'TLE', pseudonym('c'): pseudonym('Mustermann'), pseudonym('d'): pseudonym('Mueller')}
+    assert not [k for k, v in content(tmp_path/'out').items() if b'Mu' in v and k.endswith('.json')]
+
 
 def planted(tmp_path):
     "BraTS files of one Erika Mustermann: her name in folders, files, headers; one file is damaged, one has no orientation."

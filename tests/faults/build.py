@@ -117,6 +117,7 @@ def dataset(k=0, series=1, **tags):
             ds._dict[tag] = RawDataElement(tag, dictionary_VR(key)[:2], len(value), value + b' '*(len(value) % 2), 0, False, True)
         else: setattr(ds, key, value)
     if 'PixelData' in ds: ds['PixelData'].VR = 'OW'
+    ds.set_original_encoding(False, True, ds._character_set)  # so that pydicom writes raw values as they are
     return ds
 
 

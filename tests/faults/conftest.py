@@ -14,7 +14,7 @@ if not sys.platform.startswith('linux'): collect_ignore_glob = ['test_*.py']
 
 @pytest.fixture
 def ground():
-    "An empty ground (see `faults.harness`) that a child without rights can reach, unlike pytest's own temporary folder."
+    "An empty ground (see `faults.harness`) outside pytest's own temporary folder, whose name would tell the case."
     folder = Path(tempfile.mkdtemp(prefix='ground-'))
     yield level(folder)
     for top, folders, _ in os.walk(folder):

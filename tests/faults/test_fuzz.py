@@ -11,12 +11,14 @@ import zipfile
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from faults.build import VOXELS, dataset, dicom, gz, inner, nifti, png, slices, write
-from faults.harness import ALLOWED, CEILING, chain, discover, memory, one_sentence, private, read_dicom, read_image, zip_members
+from faults.harness import ALLOWED, CEILING, IDENTITY, chain, discover, memory, one_sentence, private, read_dicom, read_image, zip_members
+from sbldm_nb.dicom import deidentify
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')  # pydicom's, while the input is built
 
@@ -67,7 +69,7 @@ def fields(draw):
 KEYWORDS = ['ImagePositionPatient', 'ImageOrientationPatient', 'PixelSpacing', 'Rows', 'Columns', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation',
             'RescaleSlope', 'RescaleIntercept', 'RescaleType', 'SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration', 'NumberOfFrames', 'InstanceNumber',
             'SeriesInstanceUID', 'SOPInstanceUID', 'SOPClassUID', 'ImageType', 'Modality', 'FrameOfReferenceUID', 'SpecificCharacterSet', 'PatientName', 'PixelPaddingValue',
-            'SliceThickness', 'SpacingBetweenSlices', 'WindowCenter', 'PixelData']
+            'SliceThickness', 'SpacingBetweenSlices', 'WindowCenter', 'PatientPosition', 'BurnedInAnnotation', 'EchoTime', 'LossyImageCompression', 'PatientID', 'PixelData']
 words = (st.binary(max_size=24) | st.sampled_from([b'', b'0', b'0\\0', b'0\\0\\0', b'NaN\\1', b'1e400\\1\\1', b'-1', b'65535', b'\xff\xff', b'\0\0', b'2147483647', b'DOE^JANE',
                                                    b'1\\0\\0\\0\\1\\0', b'1\\1\\1\\1\\1\\1', b'..\\..', b'1.2.3', b'\\\\\\\\', b'1_000', b'0x10', b' ', b'inf\\inf\\inf', b'1,5']))
 tags = st.dictionaries(st.sampled_from(KEYWORDS), words | st.none(), min_size=1, max_size=3)
@@ -113,6 +115,15 @@ def list_of(here, changed):
     for k, ds in enumerate(sets): write(here/'tags'/inner(k), dicom(ds))
     owed(read_dicom, here/'tags')
 
+def stranger_of(here, changed):
+    "A header after `deidentify` tells nothing, whatever is in its tags."
+    raw = dicom(dataset(0, **changed))
+    def door(_):
+        buffer = io.BytesIO()
+        deidentify(pydicom.dcmread(io.BytesIO(raw))).save_as(buffer, enforce_file_format=True)
+        assert not IDENTITY.search(buffer.getvalue().decode('latin-1')), changed
+    owed(door, '')
+
 def task_of(here, text):
     if not (here/'task'/'imagesTr').exists():
         for k in range(2): write(here/'task'/'imagesTr'/f'DOE_{k}.nii.gz', gz(NII))
@@ -138,6 +149,7 @@ FUZZ = {  # what: (how it is changed, how it is used, how often)
     'dcm': (hurt(DCM, len(DCM) - 240), file_of('a.dcm'), 250),
     'dcm after its preamble': (hurt(DCM[132:], 700).map(lambda raw: DCM[:132] + raw), file_of('b.dcm'), 250),
     'dicom tags': (tags, list_of, 200),
+    'deidentify': (st.dictionaries(st.sampled_from(KEYWORDS[:-1]), words | st.just(b'DOE^JANE') | st.just(b'MRN-4711'), max_size=4), stranger_of, 200),
     'zip': (hurt(ZIP), file_of('a.zip'), 150),
     'zip table': (hurt(ZIP[ZIP.index(b'PK\1\2'):]).map(lambda raw: ZIP[:ZIP.index(b'PK\1\2')] + raw), file_of('b.zip', zip_members), 250),
     'dataset.json': (hurt(json.dumps(TASK).encode()), task_of, 150),

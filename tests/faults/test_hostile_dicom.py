@@ -144,12 +144,12 @@ def list_of_nothing(here): return []
 @hostile(read_dicom, named=False, kinds=(FileNotFoundError, ValueError))
 def list_with_a_file_that_is_gone(here): return [*sorted(series(here/'s').iterdir()), here/'s'/inner(99)]
 
-@hostile(read_dicom, kinds=(ValueError, PermissionError, FileNotFoundError), nobody=True)
+@hostile(read_dicom, kinds=(ValueError, PermissionError, FileNotFoundError), mortal=True)
 def a_folder_nobody_may_enter(here):
     series(here/'s').chmod(0)
     return here/'s'
 
-@hostile(read_dicom, nobody=True)
+@hostile(read_dicom, mortal=True)
 def a_file_nobody_may_read(here):
     (series(here/'s')/inner(2)).chmod(0)
     return here/'s'

@@ -68,12 +68,12 @@ def layout_misspelt(here): return brats(here)
 @hostile(discover, 'rplhr', layout='rplhr')
 def layout_that_is_not_there(here): return brats(here)
 
-@hostile(discover, kinds=(PermissionError, ValueError), nobody=True)
+@hostile(discover, kinds=(PermissionError, ValueError), mortal=True)
 def folder_nobody_may_enter(here):
     brats(here/'d').chmod(0)
     return here/'d'
 
-@hostile(discover, nobody=True, reads=cases(2))
+@hostile(discover, mortal=True, reads=cases(2))
 def one_folder_nobody_may_enter(here):
     brats(here, 'BraTS-GLI-00001-000', 'BraTS-GLI-00002-000', 'BraTS-GLI-00003-000')
     (here/'BraTS-GLI-00003-000').chmod(0)

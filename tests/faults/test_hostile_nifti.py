@@ -76,7 +76,7 @@ def link_to_an_endless_device(here):
     (here/'t1.nii').symlink_to('/dev/zero')
     return here/'t1.nii'
 
-@hostile(read_image, kinds=(ValueError, PermissionError), nobody=True)
+@hostile(read_image, kinds=(ValueError, PermissionError), mortal=True)
 def file_nobody_may_read(here):
     path = write(here/'t1.nii', nifti())
     path.chmod(0)
