@@ -1,6 +1,6 @@
 """What reading costs, beside what people use: `python benchmarks/data.py [rounds] [dicom|patches|preprocess ...]`.
 
-- dicom: a zip of 120 slices of 512 x 512 (a simulated CT, deflated at level 1 as archives are) read by us, by pydicom in the naive way (read every member, pixel_array x slope + intercept in float64,
+- dicom: a zip of 120 slices of 512 x 512 (a simulated CT, deflated) read by us, by pydicom in the naive way (read every member, pixel_array x slope + intercept in float64,
   sort by position, stack), and by MONAI's PydicomReader from the unpacked folder, the only form it takes.
 - patches: 16 random patches of 64 x 96 x 96 voxels out of a volume of 240 x 240 x 155 int16 that is open: memory-mapped .npy as in our cache, blosc2 (default codec, chunks of its own choice) and zarr
   (default codec, chunks of 64 voxels a side), with the bytes that each takes on disk. The files are in the page cache: this is the cost of the software, not of a disk.
@@ -70,11 +70,8 @@ def naive_pydicom(path: Path) -> np.ndarray:
 
 def dicom(work: Path, rounds: int) -> dict:
     thin = pseudo_ct(0, shape=(512, 512, 120), spacing=(.45, .45, 1.25))
-    stored, folder = write_dicom(thin, work / 'stored.zip'), work / 'folder'
-    with zipfile.ZipFile(stored) as archive: archive.extractall(folder)
-    path = work / 'deflated.zip'
-    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for file in sorted(folder.rglob('*.dcm')): archive.write(file, file.relative_to(folder))
+    path, folder = write_dicom(thin, work / 'series.zip'), work / 'folder'
+    with zipfile.ZipFile(path) as archive: archive.extractall(folder)
     inner = str(next(p.parent for p in folder.rglob('*.dcm')))
     def monai():
         reader = PydicomReader()

@@ -85,7 +85,7 @@ def _cropped(images, lines, shared):
     box = tuple(slice(min(s.start for s in b), max(s.stop for s in b)) if share else slice(None) for b, share in zip(zip(*boxes), shared))
     return {role: img.slicer[box] for role, img in images.items()}
 
-# %% ../nbs/00_data.ipynb #500f6b88
+# %% ../nbs/00_data.ipynb #4c663de2
 def prepare(
     images: dict[str, nib.Nifti1Image],  # the roles of one case, RAS+, in their own units
     size: int | tuple | None = None,  # voxels along x, y, z (of a picture x, y), None keeps an axis; None: as it comes
@@ -103,8 +103,9 @@ def prepare(
         data = np.asanyarray(images[role].dataobj)
         if line is None and not ((data >= 0) & (data <= 255) & (data == np.rint(data))).all():
             raise ValueError(f'{role}: labels are whole numbers from 0 to 255, got {data.min():g} to {data.max():g}')
-        wanted = [new or old for new, old in zip(spacing, spacing_of(images[role]))]
-        images = images | {role: resample(images[role], wanted, order=1 if line else 0)}
+        img = make_image(data.astype(np.float32, copy=False), images[role].affine, images[role].header) if line else images[role]
+        wanted = [new or old for new, old in zip(spacing, spacing_of(img))]
+        images = images | {role: resample(img, wanted, order=1 if line else 0)}
     if crop: images = _cropped(images, lines, shared)
     out = {}
     for role, line in lines.items():

@@ -169,9 +169,10 @@ def _kind(path):
         if path.suffix.lower() == '.dcm' or f.read(132)[128:] == b'DICM': return 'dicom'
     raise ValueError(f'{path}: expected a file ending in one of {", ".join(NIFTI + PICTURES)}, or DICOM: a file, a folder or a .zip')
 
-# %% ../nbs/003_images.ipynb #9da260b3
+# %% ../nbs/003_images.ipynb #2e74de39
 def _finite(img, name):
-    "The image in float32, an error if a voxel is no finite number."
+    "The image in float32, or int16 as DICOM gave it; an error if a voxel is no finite number."
+    if np.asanyarray(img.dataobj).dtype == np.int16: return img
     data = np.ascontiguousarray(img.dataobj, dtype=np.float32)
     if bad := int(data.size - np.isfinite(data).sum()): raise ValueError(f'{name}: {bad} of {data.size} voxels are NaN or infinite')
     return nib.Nifti1Image(data, img.affine, img.header, dtype=np.float32)
@@ -180,7 +181,7 @@ def read_image(
     path,  # .nii, .nii.gz, .png, .jpg, .jpeg; DICOM: a file, a folder, a .zip, 'a.zip/folder/inside', a list of files
     series_uid: str | None = None,  # which series, where several DICOM series lie in one place
     volume: int | None = None,  # which volume of a 4D NIfTI file, from 0
-) -> nib.Nifti1Image:  # float32, RAS+, mm; CT in HU; a picture is (X, Y, 1) with spacing 1
+) -> nib.Nifti1Image:  # float32, or int16 where DICOM's units are whole numbers, RAS+, mm; CT in HU; a picture is (X, Y, 1) with spacing 1
     """Read one image, check it, and turn it to RAS+.
 
     Raises `FileNotFoundError` for a missing file, `ValueError` with the file and the cause for one that is empty, damaged,

@@ -100,7 +100,9 @@ def here(tmp_path_factory):
     "A folder that is used again and again, in a process that cannot take the machine's memory."
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (int(memory('VmSize')*2**20) + CEILING, hard))
-    yield tmp_path_factory.mktemp('fuzz')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('SBLDM_ID_KEY', 'the key of the fuzz')  # and not the user's own
+        yield tmp_path_factory.mktemp('fuzz')
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
