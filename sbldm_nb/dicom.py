@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['series_of', 'read_dicom', 'write_dicom', 'deidentify']
 
-# %% ../nbs/001_dicom.ipynb #ab986672
+# %% ../nbs/001_dicom.ipynb #7983f2f5
 import io, logging, math, os, re, shutil, stat, threading, uuid, warnings, zipfile, zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ import numpy as np
 import pydicom
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from pydicom import uid as uids
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import dictionary_VM, dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
@@ -514,7 +514,7 @@ def read_dicom(
     if all(h.simulated for h in headers): img.header['descrip'] = 'SIMULATED'
     return img
 
-# %% ../nbs/001_dicom.ipynb #110d6431
+# %% ../nbs/001_dicom.ipynb #d771e620
 _WRITTEN = dict(CT=(uids.CTImageStorage, -1024, 'AXIAL'), MR=(uids.MRImageStorage, 0, 'OTHER'))
 
 def _laid_out(img, modality, what):
@@ -523,6 +523,7 @@ def _laid_out(img, modality, what):
     if not np.isfinite(img.affine).all() or np.linalg.matrix_rank(img.affine[:3, :3]) < 3: raise ValueError(f'{what}: the affine cannot be inverted')
     turned = img.as_reoriented(ornt_transform(io_orientation(img.affine), axcodes2ornt('LPS')))
     data, affine = np.asanyarray(turned.dataobj), np.diag([-1., -1., 1., 1.]) @ turned.affine
+    if data.dtype.kind not in 'iufb': raise ValueError(f'{what}: expected one real number a voxel, got {data.dtype}')
     if not np.isfinite(data).all(): raise ValueError(f'{what}: refusing to write NaN or infinity')
     intercept = _WRITTEN[modality][1]
     if data.dtype.kind not in 'iub' and (data != np.rint(data)).any(): raise ValueError(f'{what}: values are not whole numbers; round them first')
@@ -609,8 +610,16 @@ _KEPT = {tag_for_keyword(k) for k in (
 _WORDS = set('ORIGINAL DERIVED PRIMARY SECONDARY AXIAL LOCALIZER VOLUME OTHER CT MR PT NM CR DX US HFS HFP FFS FFP HFDR HFDL FFDR FFDL '
              'MONOCHROME1 MONOCHROME2 YES NO 00 01 RESEARCH HU'.split())
 
-# %% ../nbs/001_dicom.ipynb #81035b63
+# %% ../nbs/001_dicom.ipynb #c775cd96
 def _keyed_uid(uid): return f'2.25.{int(keyed(f"uid:{uid}")[:32], 16)}'
+
+def _numbers_of(e):
+    "The numbers of a tag in the kind and count that the standard gives it: text can be spelt with more of them."
+    count = dictionary_VM(e.tag)
+    values = [e.value] if e.VM == 1 else list(e.value)
+    if not count.isdigit(): values, count = values[:1], 1
+    if e.VR not in dictionary_VR(e.tag) or len(values) != int(count): raise ValueError(f'{e.keyword} is not what the standard says')
+    return values if len(values) > 1 else values[0]
 
 def _technical(ds):
     "A new data set with the allowed tags of `ds`: numbers, and words of the vocabulary."
@@ -618,7 +627,7 @@ def _technical(ds):
     for e in (ds[tag] for tag in sorted(_KEPT & ds.keys())):
         if e.is_empty: continue
         if e.VR == 'SQ': setattr(new, e.keyword, [_technical(item) for item in e.value])
-        elif e.VR in ('DS', 'IS', 'US', 'SS', 'FD', 'FL', 'UL', 'SL'): new.add_new(e.tag, e.VR, e.value)
+        elif e.VR in ('DS', 'IS', 'US', 'SS', 'FD', 'FL', 'UL', 'SL'): new.add_new(e.tag, e.VR, _numbers_of(e))
         else:
             words = [w if w in _WORDS else 'OTHER' for w in ([e.value] if isinstance(e.value, str) else e.value)]
             if words != ['OTHER']: setattr(new, e.keyword, words if e.VM > 1 else words[0])

@@ -8,7 +8,13 @@ import zlib
 
 import nibabel as nib
 import numpy as np
+import pydicom
 from PIL import Image
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.tag import Tag
 
 from faults.harness import BORN, NAME, RECORD
 
@@ -81,23 +87,14 @@ def archive(path, members, compression=zipfile.ZIP_DEFLATED):
 
 # DICOM: written with pydicom, so that the package's own writer cannot hide its reader's faults
 
-def _pydicom():
-    import pydicom
-    return pydicom
-
-
 UID = '1.2.826.0.1.3680043.8.498.'
 ROWS, COLS, SLICES = 10, 12, 6
 
 
 def dataset(k=0, series=1, **tags):
     "One axial CT slice at z = 3k mm with an identity in its tags; a tag set to None is left out, bytes go into the file as they are."
-    from pydicom.dataelem import RawDataElement
-    from pydicom.datadict import dictionary_VR, tag_for_keyword
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.tag import Tag
     ds = Dataset()
-    ds.file_meta = FileMetaDataset()
+    ds.verbatim, ds.file_meta = {}, FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = '1.2.840.10008.1.2.1'
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = '1.2.840.10008.5.1.4.1.1.2'
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = f'{UID}{series}.{k + 1}'
@@ -112,21 +109,30 @@ def dataset(k=0, series=1, **tags):
         PixelData=pixels.tobytes())
     for key, value in {**values, **tags}.items():
         if value is None: continue
-        if isinstance(value, bytes) and key != 'PixelData':
-            tag = Tag(tag_for_keyword(key))
-            ds._dict[tag] = RawDataElement(tag, dictionary_VR(key)[:2], len(value), value + b' '*(len(value) % 2), 0, False, True)
+        if isinstance(value, bytes) and key != 'PixelData': ds.verbatim[Tag(tag_for_keyword(key))] = dictionary_VR(key)[:2].encode(), value + b' '*(len(value) % 2)
         else: setattr(ds, key, value)
     if 'PixelData' in ds: ds['PixelData'].VR = 'OW'
-    ds.set_original_encoding(False, True, ds._character_set)  # so that pydicom writes raw values as they are
     return ds
 
 
-def dicom(ds, syntax=None, **more):
-    "The bytes of a DICOM file."
-    pydicom = _pydicom()
+def dicom(ds, syntax=None):
+    "The bytes of a DICOM file; pydicom writes every tag but those that it would mend, refuse or stumble over."
     if syntax: ds.file_meta.TransferSyntaxUID = syntax
-    buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, ds, enforce_file_format=True, **more)
+    verbatim, buffer = getattr(ds, 'verbatim', {}), DicomBytesIO()
+    if not verbatim:
+        pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
+        return buffer.getvalue()
+    empty = Dataset()
+    empty.file_meta = ds.file_meta
+    pydicom.dcmwrite(buffer, empty, enforce_file_format=True)
+    for tag in sorted({*ds.keys(), *verbatim}):
+        if tag in verbatim:
+            vr, value = verbatim[tag]
+            buffer.write(struct.pack('<HH2sH', tag.group, tag.element, vr, len(value)) + value)
+        else:
+            one = Dataset()
+            one[tag] = ds[tag]
+            write_dataset(buffer, one)
     return buffer.getvalue()
 
 
