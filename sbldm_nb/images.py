@@ -301,7 +301,7 @@ class Intensity:
     @classmethod
     def from_dict(cls, d: dict) -> 'Intensity': return cls(**d)
 
-# %% ../nbs/003_images.ipynb #15977a7e
+# %% ../nbs/003_images.ipynb #7df20d6a
 def split_patients(
     ids,  # one id a patient, any order
     fractions: tuple[float, float, float] = (.8, .1, .1),  # of train, valid, test; they sum to 1
@@ -314,7 +314,7 @@ def split_patients(
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f'expected three fractions that sum to 1, got {fractions}')
     wanted = np.array(fractions) > 0
-    if len(ids) < wanted.sum(): raise ValueError(f'a split would be empty: {len(ids)} patients for {wanted.sum()} splits')
+    if len(ids) < wanted.sum(): raise ValueError(f'a split would be empty: {len(ids)} patients for {wanted.sum()} splits; give more patients or other fractions')
     ranking = sorted(ids, key=lambda i: hashlib.sha256(f'{seed}:{i}'.encode(errors='surrogatepass')).digest())
     counts = np.maximum(np.diff(np.rint(np.cumsum((0, *fractions))*len(ids)).astype(int)), wanted)
     while counts.sum() > len(ids): counts[counts.argmax()] -= 1
