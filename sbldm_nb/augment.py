@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIDED_ROLES', 'read_box', 'refuse_uneven', 'Move', 'Augment', 'refuse_turns', 'latent_flip']
 
-# %% ../nbs/00e0_augment.ipynb #61905b2e
-import itertools, math, re
+# %% ../nbs/00e0_augment.ipynb #3e2946c6
+import math, re
 from dataclasses import dataclass
 import numpy as np
 import torch

@@ -24,7 +24,7 @@ import pytest
 from sbldm_nb.anatomy import GROUPS, load_template
 from sbldm_nb.cohort import WRITERS, Cohort, make_subject
 from sbldm_nb.ct import thick_slices
-from sbldm_nb.data import Intensity, read_image
+from sbldm_nb.data import read_image
 from sbldm_nb.datasets import SliceDataset
 from sbldm_nb.layouts import discover
 

@@ -1,7 +1,6 @@
 "The demo as a user runs it: its own process, stopped by SIGKILL, run again."
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys

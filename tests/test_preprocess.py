@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 from sbldm_nb.data import Cache, Intensity, foreground_box, prepare, preprocess, read_image, resample, spacing_of, write_image
 from sbldm_nb.dicom import write_dicom
 from sbldm_nb.files import pseudonym
-from sbldm_nb.layouts import Case, Found, discover
+from sbldm_nb.layouts import Case, Found
 
 AFFINE = np.diag([-1.5, 1.5, 2, 1])
 

@@ -18,7 +18,6 @@ import tempfile
 import time
 import traceback
 import warnings
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np

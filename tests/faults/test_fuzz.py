@@ -3,7 +3,6 @@
 Hypothesis draws the changes; `derandomize` makes every run the same. What is marked slow draws thirty times as many."""
 import io
 import json
-import os
 import resource
 import struct
 import warnings

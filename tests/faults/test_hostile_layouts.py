@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from faults.build import SLICES, VOXELS, archive, dataset, dicom, gz, inner, nifti, png, series, write
+from faults.build import SLICES, VOXELS, archive, dataset, dicom, gz, inner, nifti, png, write
 from faults.harness import Table, discover, judge, put
 
 hostile = Table()

@@ -1,7 +1,5 @@
 "Hostile NIfTI: what a disk, a network, a wrong tool or a malicious sender makes of a volume."
-import gzip
 import os
-import stat
 import struct
 
 import numpy as np

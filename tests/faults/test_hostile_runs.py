@@ -11,11 +11,10 @@ import subprocess
 import sys
 import time
 
-import nibabel as nib
 import numpy as np
 import pytest
 
-from faults.build import SHAPE, SLICES, VOXELS, archive, dataset, dicom, gz, inner, nifti, png, write, zeros_gz
+from faults.build import SHAPE, SLICES, VOXELS, archive, dataset, dicom, gz, inner, nifti, write, zeros_gz
 from faults.harness import IDENTITY, Table, become_mortal, cache, judge, level, may_become_mortal, one_sentence, preprocess, private, put, snapshot
 
 ENTRY = b'from sbldm_nb.cli import sbldm_preprocess\nsbldm_preprocess()\n'  # what the installed script holds

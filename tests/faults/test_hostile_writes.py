@@ -2,7 +2,6 @@
 import os
 import resource
 import subprocess
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
