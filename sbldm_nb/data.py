@@ -400,7 +400,7 @@ class Report:
         if self.strays: counts += f'; {self.strays} older folder{"s"*(self.strays != 1)} of cases that the source does not hold'
         return '\n'.join([counts, *(f'{key} failed: {why}' for key, why in sorted(self.failed.items()))])
 
-# %% ../nbs/00_data.ipynb #ad8c97ca
+# %% ../nbs/00_data.ipynb #c1524553
 def preprocess(
     source,  # a folder, or what `discover` found in it
     out: str | os.PathLike,  # the cache: made if missing, continued if begun; not inside the source
@@ -416,7 +416,7 @@ def preprocess(
     shard: str | None = None,  # 'i/n', from '1/n' to 'n/n': this machine's share of the cases
     time_limit: float = 600.,  # seconds for one case
 ) -> Report:  # its exit_code is 1 if a case failed; the others are kept
-    "Turn a data set into a cache of arrays; resumes what was interrupted, repeats nothing that is done."
+    "Turn a data set into a cache of arrays; resumes what was interrupted, repeats nothing that is done. Its workers need Linux or macOS (POSIX alarms and pipes)."
     found, out = source if isinstance(source, Found) else discover(source, layout), Path(out)
     settings = _settings(found, size, spacing, modality, crop, intensity, fractions, seed)
     tasks, (i, n) = _tasks(found, settings), _share(shard)
