@@ -14,7 +14,7 @@ setup(
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     license=cfg['license'].upper(), license_files=['LICENSE', 'NOTICE'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_path']: ['assets/*']}, zip_safe=False,
+    package_data={cfg['lib_path']: ['assets/*', 'assets/presets/*']}, zip_safe=False,
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
     extras_require={key[:-len(suffix)]: value.split() for key, value in cfg.items() if key.endswith(suffix)},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'LOSSES', 'ARMS', 'UNET', 'METRICS', 'Ground', 'judge', 'lay_ground', 'arm_model', 'Trial', 'run_arm',
            'run_ablation', 'Difference', 'paired', 'by_arm', 'ablation_table', 'ablation_verdict']
 
-# %% ../nbs/07b_ablation.ipynb #df17a8bc
+# %% ../nbs/07b_ablation.ipynb #69779c5b
 import math
 import time
 from collections.abc import Callable
@@ -27,7 +27,9 @@ from .losses import FrequencyAwareLoss, VAELoss
 from .metrics import features, gradient_w1, kernel_distance, one_per_subject, otsu_separability, power_spectrum_gap, quality_report
 from .samplers import DPMSolverSampler
 from .schedules import get_schedule
-from .training import Trainer, VAETraining, say
+from .recipes import VAETraining
+from .tracking import say
+from .training import Trainer
 from .unet3d import UNet
 from .vae import AutoencoderKL, LatentCache, LatentSpace
 

@@ -29,7 +29,7 @@ def atomic_write(
     finally: partial.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/000_files.ipynb #e29b97b4
+# %% ../nbs/000_files.ipynb #9f2af602
 def one_of(
     value: str | None,  # what was asked for
     choices,  # the valid names
@@ -37,8 +37,9 @@ def one_of(
 ) -> str | None:  # `value`
     "Return `value` if it is among `choices`; else a `ValueError` with the nearest valid name."
     if value in (names := list(choices)): return value
-    near = difflib.get_close_matches(str(value).lower(), [str(k) for k in names], 1, .5)
-    hint = f' (did you mean {near[0]!r}?)' if near else ''
+    lowered = {str(k).lower(): str(k) for k in names}
+    near = difflib.get_close_matches(str(value).lower(), lowered, 1, .5)
+    hint = f' (did you mean {lowered[near[0]]!r}?)' if near else ''
     raise ValueError(f'{what} {value!r} is unknown{hint}; choose one of {", ".join(map(str, names))}')
 
 # %% ../nbs/000_files.ipynb #8a85935a

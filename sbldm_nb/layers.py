@@ -172,7 +172,7 @@ def coordinates(
     axes = [(2 * torch.arange(n, device=device) + 1) / n - 1 for n in size]
     return octaves(torch.stack(torch.meshgrid(*axes, indexing='ij'), -1), bands).movedim(-1, 0)[None]
 
-# %% ../nbs/00c_layers.ipynb #959d590c
+# %% ../nbs/00c_layers.ipynb #3d368e70
 @dataclass(frozen=True, eq=False)
 class Cond:
     "What a sample is conditioned on; any part may be absent, and `keep` says where the condition is withheld."
@@ -180,6 +180,8 @@ class Cond:
     vector: Tensor = None  # (B, D) numbers of order one
     concat: Tensor = None  # (B, C, ...) channels on the grid of the latents
     keep: Tensor = None    # (B,) bool, False: treat this sample as unconditional; None: look at all
+    mask: Tensor = None    # (B, 1, ...) bool on the grid of the latents, True: this is to be drawn; not for the network
+    known: Tensor = None   # (B, C, ...) latents that hold where mask is False; not for the network
 
     def parts(self): return {k.name: v for k in fields(self) if (v := getattr(self, k.name)) is not None}
     def map(self, f): return replace(self, **{k: f(v) for k, v in self.parts().items()})

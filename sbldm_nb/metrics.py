@@ -4,23 +4,21 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_pair', 'one_per_subject', 'compute_psnr', 'gaussian_filter', 'ssim_map', 'compute_ssim', 'blur',
-           'TissueNet', 'TissueEncoder', 'features', 'load_encoder', 'blobs', 'frechet_distance', 'Score',
-           'extractor_name', 'compute_fid', 'polynomial_kernel', 'kernel_distance', 'bootstrap_weights', 'compute_kid',
-           'real_floor', 'ring_power', 'power_spectrum_gap', 'gradient_histogram', 'gradient_w1', 'otsu_separability',
-           'quality_report', 'report_table', 'read_pictures', 'compute_metrics_on_folder']
+           'features', 'blobs', 'frechet_distance', 'Score', 'extractor_name', 'compute_fid', 'polynomial_kernel',
+           'kernel_distance', 'bootstrap_weights', 'compute_kid', 'real_floor', 'ring_power', 'power_spectrum_gap',
+           'gradient_histogram', 'gradient_w1', 'otsu_separability', 'quality_report', 'report_table', 'read_pictures',
+           'compute_metrics_on_folder']
 
-# %% ../nbs/07_metrics.ipynb #1a4a602c
+# %% ../nbs/07_metrics.ipynb #21040804
 import math, warnings
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 from .data import read_image
+from .encoder import load_encoder
 from .files import PICTURES, list_images
 
 # %% ../nbs/07_metrics.ipynb #59f4da5c
@@ -106,68 +104,7 @@ def blur(
     size = 2*math.ceil(4*sigma) + 1
     return gaussian_filter(F.pad(x, [size//2]*4, mode='replicate'), sigma, size)
 
-# %% ../nbs/07_metrics.ipynb #ebf1e8c0
-class TissueNet(nn.Module):
-    "A small U-shaped network that names the tissue in every pixel of an axial slice (N, 1, X, Y) in [0, 1]."
-    def __init__(self,
-        channels: tuple[int, ...] = (16, 32, 32, 32),  # of the stages, each at half the resolution of the one before
-        tissues: int = 4,  # background, CSF, grey matter, white matter
-    ):
-        super().__init__()
-        block = lambda i, o, stride=1: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU())
-        ins = (1, *channels[:-1])
-        self.down = nn.ModuleList(nn.Sequential(block(i, o, 1 + (k > 0)), block(o, o)) for k, (i, o) in enumerate(zip(ins, channels)))
-        self.up = nn.ModuleList(block(deep + flat, flat) for flat, deep in zip(channels[:-1], channels[1:]))
-        self.head = nn.Conv2d(channels[0], tissues, 1)
-
-    def stages(self, x: Tensor) -> list[Tensor]:
-        "Activations on the way down, finest first."
-        h = [2*x - 1]
-        for stage in self.down: h.append(stage(h[-1]))
-        return h[1:]
-
-    def decode(self, stages: list[Tensor]) -> Tensor:
-        "Tissue logits (N, 4, X, Y) from the activations."
-        x = stages[-1]
-        for up, flat in zip(reversed(self.up), reversed(stages[:-1])):
-            x = up(torch.cat([F.interpolate(x, size=flat.shape[2:]), flat], 1))
-        return self.head(x)
-
-    def segment(self, x: Tensor) -> Tensor:
-        "Tissue logits (N, 4, X, Y) of a slice."
-        return self.decode(self.stages(x))
-
-# %% ../nbs/07_metrics.ipynb #d83360d0
-class TissueEncoder(TissueNet):
-    "The network as an extractor: slices (N, 1, X, Y) in [0, 1] to (N, 128) features, standardised on the slices given to `calibrate`."
-    def __init__(self,
-        channels: tuple[int, ...] = (16, 32, 32, 32),  # of the stages
-        tissues: int = 4,  # background, CSF, grey matter, white matter
-    ):
-        super().__init__(channels, tissues)
-        self.register_buffer('mean', torch.zeros(2*sum(channels[-2:])))
-        self.register_buffer('std', torch.ones(2*sum(channels[-2:])))
-
-    def forward(self, x: Tensor) -> Tensor:
-        "Mean and standard deviation over the head, for each channel of the two coarsest stages."
-        stages, pooled = self.stages(x), []
-        head = 1 - self.decode(stages).softmax(1)[:, :1]
-        for h in stages[-2:]:
-            w = F.adaptive_avg_pool2d(head, h.shape[2:])
-            w = w/w.sum((2, 3), keepdim=True).clamp(min=1e-6)
-            mean = (w*h).sum((2, 3))
-            pooled += [mean, (w*(h - mean[..., None, None]).square()).sum((2, 3)).sqrt()]
-        return (torch.cat(pooled, 1) - self.mean)/self.std
-
-    @torch.no_grad()
-    def calibrate(self, x: Tensor) -> 'TissueEncoder':
-        "Make every feature zero mean and unit variance on the slices `x`."
-        self.mean.zero_(), self.std.fill_(1)
-        f = features(x, self)
-        self.mean.copy_(f.mean(0)), self.std.copy_(f.std(0).clamp(min=1e-6))
-        return self
-
-# %% ../nbs/07_metrics.ipynb #cf9f29c8
+# %% ../nbs/07_metrics.ipynb #c658b5f8
 @torch.inference_mode()
 def features(
     images: Tensor,  # (N, 1, X, Y) in [0, 1]
@@ -179,14 +116,6 @@ def features(
     f = torch.cat([extractor(b) for b in check_images(images).split(batch_size)])
     if f.ndim != 2 or len(f) != len(images): raise ValueError(f'the extractor: expected ({len(images)}, D) features, got {tuple(f.shape)}')
     return f.double()
-
-def load_encoder(
-    device: str | torch.device = 'cpu',  # where to put it
-) -> TissueEncoder:  # in evaluation mode
-    "The shipped encoder."
-    with torch.device('meta'): encoder = TissueEncoder()  # no random weights: the caller's random numbers stay as they are
-    encoder.load_state_dict(load_file(files('sbldm_nb')/'assets'/'tissue_encoder.safetensors'), assign=True)
-    return encoder.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/07_metrics.ipynb #48755e8c
 def blobs(

@@ -1,4 +1,4 @@
-"Write constraints.txt: one tested version of every package that `.[dev]` installs, for each supported Python. Needs `pip install uv`."
+"Write constraints.txt: one tested version of every package that any extra installs, for each supported Python. Needs `pip install uv`."
 import re
 import subprocess
 import sys
@@ -55,7 +55,8 @@ config = ConfigParser(delimiters=['='])
 config.read(root/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 packages = {}
-for pin in compiled(cfg['requirements'].split() + cfg['dev_requirements'].split() + [f'torch=={torch}']):
+wanted = [requirement for key, value in cfg.items() if key.endswith('requirements') for requirement in value.split()]
+for pin in compiled(wanted + [f'torch=={torch}']):
     if not builds.match(pin.name): packages.setdefault(pin.name, []).append(pin)
 text = [line for name in sorted(packages) for line in lines(name, packages[name])]
 (root/'constraints.txt').write_text(head + '\n'.join(text) + '\n')

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from sbldm_nb import cohort
 from sbldm_nb.data import Intensity, z_of_slices
 from sbldm_nb.files import atomic_write
-from sbldm_nb.metrics import TissueEncoder
+from sbldm_nb.encoder import TissueEncoder
 
 
 def slices_and_labels(people: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

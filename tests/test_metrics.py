@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from sbldm_nb.cohort import make_subject
 from sbldm_nb.data import Intensity
-from sbldm_nb.metrics import (TissueEncoder, blobs, blur, check_images, compute_kid, compute_ssim, features, kernel_distance, load_encoder,
+from sbldm_nb.encoder import TissueEncoder, load_encoder
+from sbldm_nb.metrics import (blobs, blur, check_images, compute_kid, compute_ssim, features, kernel_distance,
                               quality_report)
 
 ASSET = str(files('sbldm_nb')/'assets'/'tissue_encoder.safetensors')
