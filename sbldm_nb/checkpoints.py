@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'sync', 'write_json', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'newest_intact',
            'find_checkpoint', 'prune', 'random_state', 'set_random_state']
 
-# %% ../nbs/06b1_checkpoints.ipynb #4b0d0c07
+# %% ../nbs/06b1_checkpoints.ipynb #921687d8
 import errno
 import hashlib
 import json
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from .files import atomic_write
 

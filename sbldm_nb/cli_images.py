@@ -33,7 +33,7 @@ from .state import best_precision
 from .tracking import clock_text
 from .vae import fingerprint
 
-# %% ../nbs/09b_cli_images.ipynb #dfe229ce
+# %% ../nbs/09b_cli_images.ipynb #419b0846
 def open_model(
     folder: str,  # of a run or of a saved model
 ) -> tuple:  # the model on this machine's device, its configuration
@@ -49,8 +49,8 @@ def about(
     folder: str,  # where it was read from
 ) -> str:
     "One line on a model."
-    size = sum(p.numel() for p in model.denoiser.parameters())/1e6
-    return f'{folder}: {type(model.task).__name__}, {type(model.denoiser).__name__} of {size:.1f} million parameters, images of {" x ".join(map(str, model.size))}'
+    size = sum(p.numel() for p in model.denoiser.parameters())
+    return f'{folder}: {type(model.task).__name__}, {type(model.denoiser).__name__} of {size:,} parameters, images of {" x ".join(map(str, model.size))}'
 
 # %% ../nbs/09b_cli_images.ipynb #1951548f
 @contextmanager

@@ -7,7 +7,7 @@ __all__ = ['DENOISERS', 'in_bfloat16', 'LatentDiffusion', 'NumberedNoise', 'late
            'sample_images', 'preview_images', 'latents_drawer', 'interpolate_ct', 'inpaint_hole', 'save_pretrained',
            'load_pretrained']
 
-# %% ../nbs/06a_ldm.ipynb #6339f579
+# %% ../nbs/06a_ldm.ipynb #69510046
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .layers import Cond
 from .losses import DiffusionLoss, FrequencyAwareLoss
 from .restoring import inpaint_image, interpolate_image
 from .samplers import SAMPLERS
-from .saving import LDM_FORMAT, build, fill_module, load_vae, named, numbers_written, read_config, save_vae, write_model, write_samples
+from .saving import LDM_FORMAT, build, load_module, load_vae, named, numbers_written, read_config, save_vae, write_model, write_samples
 from .schedules import Schedule, get_schedule, randn
 from .tasks import TASKS, ClassConditional, Inpainting, Interpolation, SlicePosition, Unconditional, check_denoiser, latents_of
 from .unet3d import UNet
@@ -263,7 +263,7 @@ def inpaint_hole(
     "Tissue in a hole: see `inpaint_image`."
     with in_eval_mode(model): return inpaint_image(img, mask, model.task, model.latent, latents_drawer(model, seed, steps, **sampling), extras, samples, intensity, splits)
 
-# %% ../nbs/06a_ldm.ipynb #34208b09
+# %% ../nbs/06a_ldm.ipynb #c669c050
 def save_pretrained(
     model: LatentDiffusion,
     folder,  # is written at once or not at all; replaced if it holds a model
@@ -282,13 +282,13 @@ def load_pretrained(
     wanted = ('vae', 'denoiser', 'schedule', 'task', 'prediction_type', 'weighting', 'size', 'weak')
     path, config = read_config(folder, {LDM_FORMAT: wanted})
     latent, weights = load_vae(folder), path.with_name('model.safetensors')
-    with torch.device('meta'): denoisers = [build(DENOISERS, config['denoiser'], path) for _ in range(1 + bool(config['weak']))]
-    denoiser = fill_module(denoisers[0], weights, 'denoiser.')
-    weak = fill_module(denoisers[1], path.with_name('weak.safetensors'), 'weak.') if config['weak'] else None
+    def make(): return build(DENOISERS, config['denoiser'], path)
+    denoiser, weak = load_module(make, weights, 'denoiser.'), load_module(make, path.with_name('weak.safetensors'), 'weak.') if config['weak'] else None
     base = config.get('base', 'mse')  # models of before the choice have none
     if base != 'mse': base = build(dict(FrequencyAwareLoss=FrequencyAwareLoss), base, path)
-    schedule = build(dict(Schedule=get_schedule), dict(config['schedule'], name='Schedule') if isinstance(config['schedule'], dict) else config['schedule'], path)
-    task, size = build(TASKS, config['task'], path), config['size']
+    table, task, size = config['schedule'], build(TASKS, config['task'], path), config['size']
+    if not isinstance(table, dict) or table.get('num_timesteps', 1000) not in range(1, 10**6): raise ValueError(f'{path} holds a schedule of {table!r} where a table of 1 to 999999 entries is wanted')
+    schedule = build(dict(Schedule=get_schedule), dict(table, name='Schedule'), path)
     if not (isinstance(size, list) and len(size) == latent.vae.config['dims'] and all(type(n) is int and n > 0 for n in size)):
         raise ValueError(f'{path} holds the size {size!r} where {latent.vae.config["dims"]} whole numbers are wanted')
     try: model = LatentDiffusion(latent, denoiser, schedule, task, config['prediction_type'], weak, config['weighting'], base, size)

@@ -15,11 +15,12 @@ import torch
 from sbldm_nb.cohort import Cohort
 from sbldm_nb.data import read_image
 from sbldm_nb.datasets import SliceDataset, loaders
-from sbldm_nb.kaggle_e2e import PRESETS, get_slices
+from sbldm_nb.kaggle_e2e import get_slices, slices_config
 from sbldm_nb.ldm import LatentDiffusion, SlicePosition
 from sbldm_nb.losses import VAELoss
 from sbldm_nb.schedules import get_schedule
-from sbldm_nb.training import Trainer, VAETraining
+from sbldm_nb.recipes import VAETraining
+from sbldm_nb.training import Trainer
 from sbldm_nb.unet3d import UNet
 from sbldm_nb.vae import AutoencoderKL, LatentCache, LatentSpace
 
@@ -51,7 +52,7 @@ def test_demo_survives_a_kill_and_leaves_what_it_promises(tmp_path):
     numbers = json.loads((out / 'metrics.json').read_text())
     assert {'quality', 'autoencoder', 'memorisation', 'stages', 'versions', 'total_cpu_s', 'peak_memory_mib'} <= set(numbers)
     samples = sorted((out / 'samples').glob('*.nii.gz'))
-    assert len(samples) == PRESETS['smoke'].samples == len(list((out / 'samples').glob('*.png')))
+    assert len(samples) == slices_config('smoke').sampling.samples == len(list((out / 'samples').glob('*.png')))
     assert nib.load(samples[0]).header['descrip'].item().startswith(b'SIMULATED')
     other = start(out, '--folder', Cohort(24, seed=3, spacing=3.).write(tmp_path / 'others'), '--pattern', '*_t1.nii.gz')
     assert 'other people' in other.communicate(timeout=100)[0] and other.returncode == 1
@@ -63,7 +64,15 @@ def test_demo_names_what_is_wrong_before_it_trains(tmp_path):
     run = start(tmp_path / 'demo', '--folder', tmp_path / 'nowhere')
     text = run.communicate(timeout=100)[0]
     assert run.returncode and 'nowhere: no such folder' in text.splitlines()[-1]
-    with pytest.raises(ValueError, match='held-out slices'): get_slices(PRESETS['smoke'], real_images()[0].parent, pattern='mni_icbm152_*.nii.gz')
+    mine = tmp_path / 'mine.yaml'
+    mine.write_text('extends: smoke\nname: mine\nvae:\n  training: {epoch: 3}\n')
+    for preset, why in (('debgu', "did you mean 'debug'"), ('inpainting', 'no preset of this story'), (mine, "did you mean 'epochs'")):
+        run = start(tmp_path / 'demo', '--preset', preset)
+        assert why in run.communicate(timeout=100)[0].splitlines()[-1] and run.returncode == 1
+    run = start(tmp_path / 'demo', '--dry_run')
+    text = run.communicate(timeout=100)[0]
+    assert run.returncode == 0 and 'nothing was written' in text and '48 embedded people' in text and not (tmp_path / 'demo').exists()
+    with pytest.raises(ValueError, match='held-out slices'): get_slices(slices_config('smoke'), real_images()[0].parent, pattern='mni_icbm152_*.nii.gz')
 
 
 def real_images():

@@ -261,23 +261,24 @@ def start(job, at, more, index=0, line=None, **change):
 def finish(*pods, limit=240):
     try: said = [p.communicate(timeout=limit)[0] for p in pods]
     finally:
-        for p in pods: p.kill()
+        for p in pods: p.terminate()                                 # not kill: torchrun ends its own processes
+        for p in pods: p.wait(60)
     assert [p.returncode for p in pods] == [0] * len(pods), '\n'.join(s[-3000:] for s in said)
     return said
 
-small = 'data.size=16,16,16 data.spacing=4'
+small = 'data.size=16,16,16 data.spacing=4 diffusion.network.channels=8,16,32'
 
 @pytest.fixture(scope='module')
 def prepared(place):
     "What the pods of the preprocessing Job leave, of volumes cut small, and an autoencoder."
     import torch
     from sbldm_nb.saving import save_vae
-    from sbldm_nb.vae import AUTOENCODERS, AutoencoderKL
+    from sbldm_nb.vae import AutoencoderKL
     job = jobs['sbldm-preprocess']
     finish(start(job, place, '--size 16,16,16 --workers 1', index=7))
     finish(start(job, place, '--size 16,16,16 --workers 1 --shard 1/1'))
     torch.manual_seed(0)
-    save_vae(AutoencoderKL(**AUTOENCODERS['brats_32g']), place/'work'/'runs'/'vae'/'model')
+    save_vae(AutoencoderKL(3, channels=(8, 16)), place/'work'/'runs'/'vae'/'model')
     return place
 
 def test_preprocessing_makes_what_the_preset_of_the_training_wants(prepared):
@@ -297,21 +298,31 @@ def test_our_commands_take_these_lines(prepared, name):
     assert 'brats_multigpu' in said
     assert sorted((prepared/'work').rglob('*')) == before, 'a dry run writes nothing'
 
-def test_two_pods_train_and_two_sample(prepared):
-    at, ldm, sample = prepared, jobs['sbldm-ldm'], jobs['sbldm-sample']
+def training_pods(at):
+    "The Job on several machines, with two pods of one process each that meet here, for two steps."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         here = f'127.0.0.1:{s.getsockname()[1]}'
-    steps = 'diffusion.training.epochs=null diffusion.training.max_steps=2 diffusion.training.workers=0 diffusion.training.batch=1 diffusion.training.preview_every=null'
-    pods = lambda: [start(ldm, at, f'--set {small} {steps}', index=i, GPUS='1', RENDEZVOUS=here) for i in (1, 0)]
-    finish(*pods())
-    model = at/'work'/'runs'/'ldm'/'model'
+    steps = ' '.join(f'diffusion.training.{change}' for change in ('epochs=null', 'max_steps=2', 'workers=0', 'batch=1', 'preview_every=null'))
+    return [start(jobs['sbldm-ldm'], at, f'--set {small} {steps}', index=i, GPUS='1', RENDEZVOUS=here) for i in (1, 0)]
+
+@pytest.fixture(scope='module')
+def trained(prepared):
+    finish(*training_pods(prepared))
+    return prepared
+
+def test_two_pods_train_and_a_third_samples(trained):
+    run = trained/'work'/'runs'/'ldm'
+    assert list((run/'model').glob('*.safetensors')) and (run/'checkpoints').is_dir() and (run/'config.yaml').is_file()
+    finish(start(jobs['sbldm-sample'], trained, '--n 8 --steps 2', index=7))
+    assert [p.name for p in (trained/'work'/'samples').glob('simulated_*.nii.gz')] == ['simulated_0007.nii.gz']
+
+@pytest.mark.slow
+def test_a_job_that_is_started_again_has_nothing_left_to_do(trained):
+    model = trained/'work'/'runs'/'ldm'/'model'
     weights = {p.name: p.read_bytes() for p in model.glob('*.safetensors')}
-    assert weights and (at/'work'/'runs'/'ldm'/'checkpoints').is_dir()
-    finish(*pods())                                                  # a Job that is started again has nothing left to do
+    finish(*training_pods(trained))
     assert {p.name: p.read_bytes() for p in model.glob('*.safetensors')} == weights
-    finish(*[start(sample, at, '--n 8 --steps 2', index=i) for i in (0, 7)])
-    assert len(list((at/'work'/'samples').glob('simulated_*.nii.gz'))) == 2
 
 def lines_of_the_page():
     "The shell lines of the page on scaling out and of deploy/README.md, comments dropped, continued lines joined."

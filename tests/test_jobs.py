@@ -25,16 +25,16 @@ from sbldm_nb.vae import AutoencoderKL
 FEW = ['data.subjects=2', 'data.held_out=1', 'data.spacing=8']
 SLICES = ['data.subjects=8', 'data.held_out=2', 'data.spacing=6', 'data.size=32,32', 'data.slices=2', 'vae.network.channels=8,16', 'vae.training.batch=4', 'diffusion.training.batch=4',
           'diffusion.network.channels=16,32,32']
-CT = [*FEW, 'data.size=24,24', 'data.patches_per_case=2']
-VOLUMES = [*FEW, 'data.size=32,32,32', 'vae.training.batch=2', 'vae.training.workers=0', 'diffusion.training.batch=2', 'diffusion.training.workers=0']
-BRATS = [*VOLUMES, 'vae.network.channels=8,16', 'vae.patch=32,32,32', 'vae.discriminator.channels=8', 'vae.adversarial_from=0', 'diffusion.network.channels=16,32,32']
+CT = [*FEW, 'data.spacing=6', 'data.size=32,32', 'data.patches_per_case=2']
+VOLUMES = [*FEW, 'data.size=32,32,32', 'vae.training.batch=2', 'vae.training.workers=0', 'diffusion.training.batch=1', 'diffusion.training.workers=0']
+BRATS = [*VOLUMES, 'data.size=24,24,24', 'vae.network.channels=8,16', 'vae.patch=24,24,24', 'vae.discriminator.channels=8', 'vae.adversarial_from=0', 'diffusion.network.channels=16,32,32']
 REDUCED = dict(
     smoke=SLICES, debug=SLICES, medium=SLICES, full=SLICES,
     vae_ct=[*CT, 'vae.network.channels=8,16', 'vae.training.workers=0'],
-    ldm_ct=[*CT, 'diffusion.network.channels=8,8,16,16', 'diffusion.training.workers=0'],
-    dit_hc_tle=[*VOLUMES, 'data.spacing=10', 'data.size=16,28,16', 'data.subjects=6', 'data.held_out=3', 'vae.network.channels=8,16,16', 'diffusion.network.hidden_size=48', 'diffusion.network.depth=2'],
+    ldm_ct=[*CT, 'diffusion.network.channels=8,8,16,16', 'diffusion.training.accumulate=2', 'diffusion.training.workers=0'],
+    dit_hc_tle=[*VOLUMES, 'data.spacing=10', 'data.size=16,28,16', 'data.subjects=6', 'data.held_out=3', 'data.groups=HC,TLE-L,TLE-R,TLE-L,TLE-R', 'diffusion.training.batch=4', 'vae.network.channels=8,16,16', 'diffusion.network.hidden_size=48', 'diffusion.network.depth=2'],
     brats_16g=BRATS, brats_32g=BRATS, brats_multigpu=BRATS,
-    inpainting=[*VOLUMES, 'vae.network.channels=8,16,16', 'diffusion.network.channels=16,32,32'])
+    inpainting=[*VOLUMES, 'vae.training.batch=1', 'vae.network.channels=8,16,16', 'diffusion.network.channels=16,32,32'])
 
 
 def reduced(name, *more, steps=3):
@@ -63,7 +63,7 @@ def test_first_steps_of_every_preset(name, tmp_path):
         assert trained.finished and trained.trainer.step == 3
         losses = [r for r in trained.trainer.history if 'loss' in r]
         assert np.isfinite([v for r in losses for v in r.values()]).all()
-        assert ('discriminator' in losses[-1]) == bool(config.vae.adversarial)
+        assert ('discriminator' in losses[-1]) == bool(config.vae.adversarial) and ('perceptual' in losses[-1]) == bool(config.vae.perceptual)
         assert_close(open_vae(vae).state_dict(), trained.vae.cpu().state_dict(), rtol=0, atol=0)
         assert load_config(vae/'config.yaml') == load_config(vae/'model'/'config.yaml') == config
     else: save_vae(AutoencoderKL(latent_channels=8, channels=(8, 16), strides=((2, 2, 1),), stem_patch=(2, 2, 1)), vae)
@@ -82,7 +82,7 @@ def test_balanced_classes_reach_the_network(tmp_path):
     trained = train_diffusion(config, 'cohort', vae, tmp_path, log=None)
     cache = Cache(embedded_cache(config.data))
     labels = [c['label'] for c in cache.cases('train')]
-    assert labels.count('TLE') > labels.count('HC') > 0                              # two groups of three are TLE
+    assert labels.count('TLE') > labels.count('HC') > 0
     order = trained.trainer.train_dl.batch_sampler.sampler
     drawn = [int(trained.trainer.train_dl.dataset[i]['label']) for i in order]
     assert drawn.count(0) == drawn.count(1) and trained.model.denoiser.config['num_classes'] == 2
@@ -117,7 +117,7 @@ SCRIPT = '''
 import sys
 from test_jobs import reduced
 from sbldm_nb.jobs import train_diffusion, train_vae
-config, out = reduced('debug', 'vae.training.checkpoint_every=2', 'diffusion.training.checkpoint_every=2', 'diffusion.cache=disk', steps=30), sys.argv[1]
+config, out = reduced('debug', 'vae.training.checkpoint_every=8', 'diffusion.training.checkpoint_every=8', 'diffusion.cache=disk', steps=30), sys.argv[1]
 train_vae(config, 'cohort', out + '/vae', log=print)
 print('second', flush=True)
 train_diffusion(config, 'cohort', out + '/vae', out + '/ldm', log=print)
@@ -190,7 +190,7 @@ def test_what_is_wrong_with_a_diffusion_model(overrides, vae, error, why, tmp_pa
 
 
 @pytest.mark.parametrize('overrides, why', [
-    (['vae.training.batch=17'], '16 training items do not fill one batch of 17'), (['vae.training.precision=fp16'], 'fp16'), (['vae.training.trackers=wandb'], 'tensorboard, mlflow'),
+    (['vae.training.batch=17'], '16 training items do not fill one batch of 17'), (['vae.training.accumulate=5'], 'do not fill the 5 batches of 4'), (['vae.training.precision=fp16'], 'fp16'), (['vae.training.trackers=wandb'], 'tensorboard, mlflow'),
     (['vae.network.in_channels=2'], 'vae.network.in_channels is 2, and 1 is wanted here'), (['vae.network.dims=3'], 'vae.network.dims is 3, and 2 is wanted here'), (['data.size=32,30'], 'two equal numbers'),
     (['data.subjects=0'], 'expected'), (['data.held_out=0'], ''), (['data.groups=XY'], 'expected groups out of'), (['data.levels=200,300'], ''), (['vae.loss.kl=-1'], 'must not be negative')])
 def test_what_is_wrong_with_an_autoencoder(overrides, why, tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 
 import sbldm_nb.checkpoints as checkpoint_files
 import sbldm_nb.training as training
-from sbldm_nb.averages import EMA, post_hoc_average
+from sbldm_nb.averages import post_hoc_average
 from sbldm_nb.checkpoints import checkpoints, load_checkpoint, sync
 from sbldm_nb.datasets import SliceDataset, loaders
 from sbldm_nb.ldm import LatentDiffusion, SlicePosition
@@ -541,20 +541,6 @@ def test_log_survives_a_line_cut_short(tmp_path):
     log.append(step=1, loss=.5)
     log.path.write_text(log.path.read_text() + '{"step": 2, "lo')
     assert log.rows() == [dict(step=1, loss=.5)]
-
-
-def test_average_equals_diffusers():
-    training_utils = pytest.importorskip('diffusers.training_utils')
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    mine, theirs = EMA(model, .95), training_utils.EMAModel(model.parameters(), decay=.95)
-    theirs.step(model.parameters())
-    for _ in range(300):
-        with torch.no_grad():
-            for p in model.parameters(): p.add_(torch.randn_like(p) * .1)
-        mine.update()
-        theirs.step(model.parameters())
-    for a, b in zip(mine.module.parameters(), theirs.shadow_params): torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_a_pickle_in_place_of_weights_is_refused(tmp_path):
