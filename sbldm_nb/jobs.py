@@ -547,7 +547,7 @@ def train_diffusion(
 # %% ../nbs/06d_jobs.ipynb #0022e040
 SEEN_BYTES = 752  # that the perceptual term keeps for a voxel, in each plane in which it looks
 
-# %% ../nbs/06d_jobs.ipynb #27ac0346
+# %% ../nbs/06d_jobs.ipynb #ab118996
 def step_cost(
     config: Config,
     stage: str,       # 'vae' | 'diffusion'
@@ -584,7 +584,7 @@ def length_text(
     if training.max_steps: return f'{training.max_steps:,} steps'
     return f'{training.epochs} epochs of {items // (training.batch * training.accumulate):,} steps' + (f', fewer if {training.patience} validations bring nothing' if training.patience else '')
 
-
+# %% ../nbs/06d_jobs.ipynb #6ebcd69b
 def source_text(
     config: Config,
     source,

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from .losses import discriminator_loss, generator_loss
 from .state import seed_of
 
-# %% ../nbs/06b4_recipes.ipynb #5600c261
+# %% ../nbs/06b4_recipes.ipynb #f85c0a1c
 class VAETraining(nn.Module):
     "An autoencoder with its loss, ready for the trainer: KL warm-up, perceptual term, and a critic of patches that joins late (arXiv 2112.10752, appendix G)."
     training_only, compiled = ('discriminator',), ('vae',)
@@ -70,8 +70,7 @@ class VAETraining(nn.Module):
         generator: torch.Generator | None = None,  # of the latent noise
     ) -> dict:  # 'loss' and its terms, these unweighted and detached
         "The loss of a batch of images; in evaluation mode with the full KL and without the discriminator."
-        x = batch['image']
-        reconstruction, gaussian = self.vae(x, generator)
+        reconstruction, gaussian = self.vae(x := batch['image'], generator)
         warming = dict(kl_share=self.epoch / self.kl_warmup) if self.training and self.epoch < self.kl_warmup else {}
         parts = self.objective(reconstruction, x, gaussian, **warming)
         more = {} if self.perceptual is None else dict(perceptual=self.perceptual(reconstruction, x))
@@ -79,8 +78,7 @@ class VAETraining(nn.Module):
             more |= self.contest(reconstruction, x)
         elif self.training and self.discriminator is not None and self.epoch == 0:
             with torch.no_grad(): self.discriminator(x[:1])  # an image too small for a patch should be known now, not when the critic joins
-        total = parts['loss'] + sum(self.weights[k] * v for k, v in more.items())
-        return dict(parts, loss=total, **{k: v.detach() for k, v in more.items()})
+        return dict(parts, loss=parts['loss'] + sum(self.weights[k] * v for k, v in more.items()), **{k: v.detach() for k, v in more.items()})
 
     def preview(self, batch: dict, generator: torch.Generator | None = None) -> dict:
         "Up to four images of a batch beside their copies through the mean latent."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_of', 'best_precision', 'check_precision', 'make_accelerator', 'is_sharded', 'LossModule', 'sleepers',
-           'groups_of', 'clip_groups', 'whole', 'Outcome', 'TrainingState', 'shard_average', 'copy_of_average',
+           'groups_of', 'clip_groups', 'whole', 'Outcome', 'Parts', 'TrainingState', 'shard_average', 'copy_of_average',
            'bad_entry', 'local', 'first_bad', 'bad_gradient', 'subjects_of', 'pack', 'put', 'unpack', 'describe']
 
 # %% ../nbs/06b3_state.ipynb #d7f20060
@@ -123,14 +123,14 @@ def clip_groups(
 
 def whole(t: Tensor) -> Tensor: return t.full_tensor() if isinstance(t, DTensor) else t
 
-# %% ../nbs/06b3_state.ipynb #b2a71ffc
+# %% ../nbs/06b3_state.ipynb #cac5b982
 class Outcome(NamedTuple):
     "What a step tells the trainer, the same on every process."
     loss: float  # mean over batches and processes; not finite where anything was not, and then nothing has moved
     stop: int    # the largest of the wishes to stop
 
 
-class TrainingState:
+class Parts:
     "All that a training step changes: weights, optimizer, averages, early snapshot, scale of the loss."
     def __init__(
         self,
@@ -152,6 +152,9 @@ class TrainingState:
         self.ema, self.generator = EMA(module, ema, averaged), torch.Generator(accelerator.device)
         self.powers = PowerEMA(module) if post_hoc else None
 
+# %% ../nbs/06b3_state.ipynb #37ebf49d
+class TrainingState(Parts):
+    "The parts, and the step that moves them."
     def backward(self, batch, seed: tuple, share: float, last: bool) -> Tensor:  # the loss, detached
         "Add the gradient of a batch, times `share`, to what is there; processes exchange gradients with the last one."
         torch.manual_seed(seed_of(*seed, 'dropout'))

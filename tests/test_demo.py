@@ -18,8 +18,8 @@ from sbldm_nb.datasets import SliceDataset, loaders
 from sbldm_nb.kaggle_e2e import get_slices, slices_config
 from sbldm_nb.ldm import LatentDiffusion, SlicePosition
 from sbldm_nb.losses import VAELoss
-from sbldm_nb.schedules import get_schedule
 from sbldm_nb.recipes import VAETraining
+from sbldm_nb.schedules import get_schedule
 from sbldm_nb.training import Trainer
 from sbldm_nb.unet3d import UNet
 from sbldm_nb.vae import AutoencoderKL, LatentCache, LatentSpace
@@ -66,9 +66,10 @@ def test_demo_names_what_is_wrong_before_it_trains(tmp_path):
     assert run.returncode and 'nowhere: no such folder' in text.splitlines()[-1]
     mine = tmp_path / 'mine.yaml'
     mine.write_text('extends: smoke\nname: mine\nvae:\n  training: {epoch: 3}\n')
-    for preset, why in (('debgu', "did you mean 'debug'"), ('inpainting', 'no preset of this story'), (mine, "did you mean 'epochs'")):
-        run = start(tmp_path / 'demo', '--preset', preset)
-        assert why in run.communicate(timeout=100)[0].splitlines()[-1] and run.returncode == 1
+    for preset, why in (('debgu', "did you mean 'debug'"), ('inpainting', 'no preset of this story')):
+        with pytest.raises(ValueError, match=why): slices_config(preset)
+    run = start(tmp_path / 'demo', '--preset', mine)
+    assert "did you mean 'epochs'" in run.communicate(timeout=100)[0].splitlines()[-1] and run.returncode == 1
     run = start(tmp_path / 'demo', '--dry_run')
     text = run.communicate(timeout=100)[0]
     assert run.returncode == 0 and 'nothing was written' in text and '48 embedded people' in text and not (tmp_path / 'demo').exists()
