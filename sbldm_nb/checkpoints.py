@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'sync', 'write_json', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'newest_intact',
-           'find_checkpoint', 'prune', 'random_state', 'set_random_state']
+           'find_checkpoint', 'prune', 'drop_after', 'random_state', 'set_random_state']
 
 # %% ../nbs/06b1_checkpoints.ipynb #921687d8
 import errno
@@ -227,6 +227,15 @@ def prune(
     for path in _step_folders(folder):
         if path.name not in stay: shutil.rmtree(_hide(path), ignore_errors=True)
     for path in folder.glob('.step-*.partial'): shutil.rmtree(path, ignore_errors=True)
+
+# %% ../nbs/06b1_checkpoints.ipynb #72b1499c
+def drop_after(
+    folder,  # holds folders step-XXXXXXXX
+    step: int,  # from which a run goes on
+):
+    "Remove the checkpoints of later steps."
+    for path in _step_folders(folder):
+        if int(path.name[5:]) > step: shutil.rmtree(_hide(path), ignore_errors=True)
 
 # %% ../nbs/06b1_checkpoints.ipynb #51dfc374
 def random_state() -> dict:  # name -> tensor

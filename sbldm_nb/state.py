@@ -7,7 +7,7 @@ __all__ = ['seed_of', 'best_precision', 'check_precision', 'make_accelerator', '
            'groups_of', 'clip_groups', 'whole', 'Outcome', 'Parts', 'TrainingState', 'shard_average', 'copy_of_average',
            'bad_entry', 'local', 'first_bad', 'bad_gradient', 'subjects_of', 'pack', 'put', 'unpack', 'describe']
 
-# %% ../nbs/06b3_state.ipynb #d7f20060
+# %% ../nbs/06b3_state.ipynb #7c38e5c9
 import hashlib
 import json
 import math
@@ -20,10 +20,8 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, fsdp2_prepare_model
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset, Subset
 
 from .averages import EMA, PowerEMA, frozen_copy, moving_tensors
@@ -46,7 +44,7 @@ def best_precision() -> str:  # 'bf16' | 'fp16' | 'fp32'
     native = [getattr(torch.cpu, name, None) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')]
     return 'bf16' if any(f is not None and f() for f in native) else 'fp32'
 
-# %% ../nbs/06b3_state.ipynb #42502612
+# %% ../nbs/06b3_state.ipynb #0ce11062
 def check_precision(
     precision: str,  # 'fp32' | 'bf16' | 'fp16'
 ):
@@ -70,7 +68,7 @@ def make_accelerator(
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision='no' if precision == 'fp32' else precision, cpu=not torch.cuda.is_available(), **tracking_arguments(trackers, folder),
                               dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)])
+                              kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         raise ValueError('sharded training was asked of Accelerate in its first version, and version 2 is wanted: set fsdp_version: 2 in its configuration')
     return accelerator
@@ -112,7 +110,7 @@ def groups_of(
             raise ValueError(f'parameter_groups() of {type(module).__name__} names {name} {times[id(p)]} times where every parameter that trains is wanted once')
     return groups
 
-# %% ../nbs/06b3_state.ipynb #78bce98b
+# %% ../nbs/06b3_state.ipynb #e1dfcaec
 def clip_groups(
     optimizer,  # its gradients are changed in place
     largest: float,  # norm of the gradient of a group
@@ -121,7 +119,7 @@ def clip_groups(
     norms = [whole(nn.utils.clip_grad_norm_(group['params'], largest)) for group in optimizer.param_groups]
     return torch.stack(norms).max().item()
 
-def whole(t: Tensor) -> Tensor: return t.full_tensor() if isinstance(t, DTensor) else t
+def whole(t: Tensor) -> Tensor: return t.full_tensor() if hasattr(t, 'full_tensor') else t
 
 # %% ../nbs/06b3_state.ipynb #cac5b982
 class Outcome(NamedTuple):
@@ -195,12 +193,14 @@ class TrainingState(Parts):
                 if average is not None: average.update()
         return True
 
-# %% ../nbs/06b3_state.ipynb #0579e913
+# %% ../nbs/06b3_state.ipynb #badff62c
 def shard_average(
     averaged: nn.Module,  # in eval mode
     accelerator: Accelerator,
 ) -> nn.Module:
     "The averaged module, sharded as the trained one is."
+    from accelerate.utils import fsdp2_prepare_model  # here alone: the rest of the trainer runs with an older Accelerate and torch
+    from torch.distributed.fsdp import register_fsdp_forward_method
     averaged = fsdp2_prepare_model(accelerator, averaged)
     averaged.set_reshard_after_forward(True)  # no backward pass follows that would give up what was gathered, and the next validation would see old weights
     for name in ('loss', 'preview'):
@@ -216,12 +216,12 @@ def copy_of_average(
     for name, tensor in moving_tensors(copied, state.module).items(): tensor.copy_(whole(average[name]))
     return copied
 
-# %% ../nbs/06b3_state.ipynb #91f828f5
+# %% ../nbs/06b3_state.ipynb #8b7d8fe4
 def bad_entry(tensors: dict) -> str | None:  # name of the first tensor that is not finite throughout
     "Look through named tensors in their order."
     return next((n for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point() and not torch.isfinite(local(t)).all()), None)
 
-def local(t: Tensor) -> Tensor: return t.to_local() if isinstance(t, DTensor) else t
+def local(t: Tensor) -> Tensor: return t.to_local() if hasattr(t, 'to_local') else t
 
 @torch.no_grad()
 def first_bad(
@@ -276,11 +276,13 @@ def pack(
     scaler = state.accelerator.scaler
     return groups, dict(updates=state.ema.updates, skipped=state.skipped, scaler=scaler.state_dict() if scaler is not None else {})
 
-# %% ../nbs/06b3_state.ipynb #37827249
+# %% ../nbs/06b3_state.ipynb #e1cc4d1c
 def put(target: Tensor, value: Tensor):
     "Copy a whole tensor into `target`, or into the part of it that is here."
     value = value.to(target.device, target.dtype)
-    if isinstance(target, DTensor): value = distribute_tensor(value, target.device_mesh, target.placements)
+    if hasattr(target, 'to_local'):
+        from torch.distributed.tensor import distribute_tensor  # as above
+        value = distribute_tensor(value, target.device_mesh, target.placements)
     target.copy_(value)
 
 @torch.no_grad()

@@ -400,7 +400,7 @@ def save(
         folder.log.write_csv()
     by_main(trainer, write)
 
-# %% ../nbs/06b_training.ipynb #c49024e5
+# %% ../nbs/06b_training.ipynb #1510dab6
 def halt(
     trainer: Trainer,
     batches: list,  # of this process
@@ -425,7 +425,7 @@ def take_step(
     seeds = [(settings.seed, batch_number(trainer, k)) for k in range(len(batches))]
     lr = settings.lr * warmup_cosine(trainer.step, trainer.total_steps, settings.warmup)
     try: outcome = trainer.state.step(batches, seeds, lr, trainer.step / trainer.steps_per_epoch, stop)
-    except torch.OutOfMemoryError as e:
+    except torch.cuda.OutOfMemoryError as e:
         raise MemoryError(f'the accelerator ran out of memory at step {trainer.step}: halve the batch size and double accumulate (the same gradients), '
                           'switch checkpointing on, or take smaller patches') from e
     if not math.isfinite(outcome.loss): halt(trainer, batches, seeds)

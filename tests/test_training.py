@@ -450,7 +450,7 @@ def test_a_card_that_only_pretends_is_refused(monkeypatch):
 def test_a_full_card_says_what_to_change(tmp_path):
     model = diffusion()
     trainer = make_trainer(tmp_path / 'run', model=model)
-    def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')
+    def full(*args): raise torch.cuda.OutOfMemoryError('CUDA out of memory')
     model.loss = full
     with pytest.raises(MemoryError, match='step 0: halve the batch size and double accumulate'): trainer.fit()
 
