@@ -150,7 +150,7 @@ class Parts:
         self.ema, self.generator = EMA(module, ema, averaged), torch.Generator(accelerator.device)
         self.powers = PowerEMA(module) if post_hoc else None
 
-# %% ../nbs/06b3_state.ipynb #37ebf49d
+# %% ../nbs/06b3_state.ipynb #02731e1f
 class TrainingState(Parts):
     "The parts, and the step that moves them."
     def backward(self, batch, seed: tuple, share: float, last: bool) -> Tensor:  # the loss, detached
@@ -187,10 +187,11 @@ class TrainingState(Parts):
         self.accelerator.unscale_gradients()  # once: fp16's scaler refuses to do it for every group
         if not math.isfinite(clip_groups(self.optimizer, self.clip)) and self.accelerator.scaler is None: return False
         self.optimizer.step()
-        if self.optimizer.step_was_skipped: self.skipped += 1
-        else:
-            for average in (self.ema, self.powers):
-                if average is not None: average.update()
+        if self.optimizer.step_was_skipped:
+            self.skipped += 1
+            return self.accelerator.scaler.get_scale() >= 1e-3  # 65,536 halved 26 times: this is no overflow
+        for average in (self.ema, self.powers):
+            if average is not None: average.update()
         return True
 
 # %% ../nbs/06b3_state.ipynb #badff62c

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STOPS', 'IDENTITY', 'warmup_cosine', 'steps_in_budget', 'first_difference', 'check_same_run', 'RunFolder',
-           'check_length', 'first_batches', 'Run', 'Trainer', 'steps_from', 'batch_number', 'share_of', 'validate',
-           'rehearse', 'plan_steps', 'remember', 'find_lr', 'by_main', 'find_start', 'open_run', 'versions', 'save',
-           'halt', 'take_step', 'record', 'suspects', 'mean_terms', 'judge', 'after_step', 'store_powers', 'preview',
-           'write_preview', 'Signals', 'is_due', 'run_steps', 'fit', 'final_model']
+           'check_length', 'first_batches', 'check_settings', 'Run', 'Trainer', 'steps_from', 'batch_number',
+           'share_of', 'validate', 'rehearse', 'plan_steps', 'remember', 'find_lr', 'by_main', 'find_start',
+           'bring_best', 'open_run', 'versions', 'save', 'halt', 'take_step', 'record', 'suspects', 'mean_terms',
+           'judge', 'after_step', 'store_powers', 'preview', 'write_preview', 'Signals', 'is_due', 'run_steps',
+           'session', 'fit', 'final_model']
 
-# %% ../nbs/06b_training.ipynb #2c0da205
+# %% ../nbs/06b_training.ipynb #3a4d4cc6
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from .averages import frozen_copy, moving_tensors, save_average
-from .checkpoints import find_checkpoint, load_checkpoint, newest_intact, prune, random_state, save_checkpoint, set_random_state, sync, write_json
+from .checkpoints import drop_after, find_checkpoint, load_checkpoint, newest_intact, prune, random_state, save_checkpoint, set_random_state, sync, write_json
 from .data import write_image
 from .files import atomic_write
 from .state import TrainingState, bad_entry, bad_gradient, copy_of_average, describe, first_bad, is_sharded, make_accelerator, pack, seed_of, subjects_of, unpack, whole
@@ -91,7 +92,7 @@ def check_same_run(
         name, there, here = found
         raise ValueError(f'{folder} holds a run with {name} = {there} where {here} is asked for now; give another out_dir, or resume=False to begin again')
 
-# %% ../nbs/06b_training.ipynb #2f9711da
+# %% ../nbs/06b_training.ipynb #0e1450ca
 class RunFolder:
     "What a run leaves on the disk; only the main process writes."
     def __init__(
@@ -118,10 +119,13 @@ class RunFolder:
         return stored['total_steps']
 
     def begin(self, total_steps: int, step: int, source: Path | None):
-        "Write down the configuration; the log goes as far as `step`, and begins with that of the run that `source` is a checkpoint of."
+        "Write down the configuration; log and checkpoints go as far as `step`, and begin with those of the run that `source` is a checkpoint of."
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / 'config.json', dict(self.config, total_steps=total_steps))
-        if source is not None and not self.log.path.exists() and (older := source.parent.parent / 'log.jsonl').exists(): shutil.copyfile(older, self.log.path)
+        drop_after(self.checkpoints, step)
+        older = self.path if source is None else source.parent.parent
+        if not self.log.path.exists() and (older / 'log.jsonl').exists(): shutil.copyfile(older / 'log.jsonl', self.log.path)
+        if not self.averages.exists() and (older / 'averages').is_dir(): shutil.copytree(older / 'averages', self.averages)
         self.log.rewind(step)
 
 # %% ../nbs/06b_training.ipynb #d7f3e58c
@@ -152,7 +156,17 @@ def first_batches(
     chosen = list(itertools.islice(loader.batch_sampler, n))
     return DataLoader(Subset(loader.dataset, [i for batch in chosen for i in batch]), len(chosen[0]), drop_last=True, collate_fn=loader.collate_fn)
 
-# %% ../nbs/06b_training.ipynb #0ef63cc4
+# %% ../nbs/06b_training.ipynb #6c9a72a5
+def check_settings(settings: dict):
+    "ValueError for a number that would do nothing, or harm, for hours."
+    for name in ('accumulate', 'keep', 'patience', 'checkpoint_every', 'overfit_batches', 'preview_every', 'post_hoc', 'profile'):
+        if settings[name] is not None and settings[name] < 1: raise ValueError(f'{name} wants to be 1 or more, got {settings[name]}')
+    for name in ('lr', 'clip', 'max_hours'):
+        if settings[name] is not None and not settings[name] > 0: raise ValueError(f'{name} wants to be above 0, got {settings[name]}')
+    if settings['snapshot_at'] is not None and not 0 < settings['snapshot_at'] <= 1:
+        raise ValueError(f'snapshot_at is a share of the run, above 0 and at most 1, got {settings["snapshot_at"]}')
+
+# %% ../nbs/06b_training.ipynb #873967f7
 STOPS = (None, 'max_hours', 'SIGTERM', 'SIGINT')
 IDENTITY = ('epochs', 'max_steps', 'budget', 'lr', 'betas', 'weight_decay', 'warmup', 'clip', 'ema', 'precision', 'snapshot_at', 'post_hoc', 'patience', 'overfit_batches', 'seed')
 
@@ -166,6 +180,7 @@ class Run:
         out_dir,  # the run folder
         settings: dict,  # the other arguments of `Trainer`; those of IDENTITY may not change while a run lasts
     ):
+        check_settings(settings)
         s = self.settings = SimpleNamespace(**settings)
         self.accelerator = make_accelerator(s.precision, s.seed, s.trackers, out_dir)
         if s.overfit_batches: train_dl = valid_dl = first_batches(train_dl, s.overfit_batches, s.seed)
@@ -332,7 +347,7 @@ def find_lr(
     if not losses: raise FloatingPointError(f'the loss is not finite even at the learning rate {lowest:g}')
     return rates, losses, rates[losses.index(min(losses))] / 10
 
-# %% ../nbs/06b_training.ipynb #a1117ccb
+# %% ../nbs/06b_training.ipynb #3d2db5bc
 def by_main(
     trainer: Trainer,
     work: Callable,  # reads and writes files
@@ -359,7 +374,22 @@ def find_start(
     if skipped and found is None: trainer.log('no checkpoint is intact: the run begins again')
     return found, planned
 
-# %% ../nbs/06b_training.ipynb #5a667258
+def bring_best(
+    trainer: Trainer,
+    found: Path,  # the checkpoint from which the run goes on
+) -> dict | None:  # what `trainer.best` is from here on
+    "The best checkpoint, copied where it lies in another folder; where it is lost, the search for the best begins again."
+    if not trainer.best: return None
+    name = f'step-{trainer.best["step"]:08}'
+    here, there = trainer.folder.checkpoints / name, found.parent / name
+    try:
+        if not here.exists(): save_checkpoint(here, *load_checkpoint(there))
+    except (FileNotFoundError, ValueError):
+        trainer.log(f'the best checkpoint, {name}, is not there or damaged: from here on the best is looked for anew')
+        return None
+    return trainer.best
+
+# %% ../nbs/06b_training.ipynb #fa7d08cd
 def open_run(
     trainer: Trainer,
     resume,  # 'auto' | False | folder of a run or of a checkpoint
@@ -375,6 +405,7 @@ def open_run(
         own = {n.removeprefix(mine): t for n, t in groups['rng'].items() if n.startswith(mine)}
         if own: set_random_state(own)  # a process that was not there before has none
         for name in ('step', 'pending', 'total_steps', 'best', 'worse', 'stopped'): setattr(trainer, name, numbers[name])
+        trainer.best = by_main(trainer, lambda: bring_best(trainer, found))
         if numbers['versions'] != versions(): trainer.log(f'the checkpoint was written with {numbers["versions"]}, and here is {versions()}: the bits may differ')
         trainer.log(f'resumed at step {trainer.step:,} of {trainer.total_steps:,}')
     if trainer.total_steps is None: trainer.total_steps = plan_steps(trainer)
@@ -400,7 +431,7 @@ def save(
         folder.log.write_csv()
     by_main(trainer, write)
 
-# %% ../nbs/06b_training.ipynb #1510dab6
+# %% ../nbs/06b_training.ipynb #f53fc435
 def halt(
     trainer: Trainer,
     batches: list,  # of this process
@@ -420,14 +451,11 @@ def take_step(
     batches: list,  # of this process
     stop: int,  # its wish to stop, an index into STOPS
 ):  # Outcome
-    "One step; FloatingPointError, or MemoryError where a card is too small."
+    "One step; FloatingPointError where a number in it is not finite."
     settings = trainer.settings
     seeds = [(settings.seed, batch_number(trainer, k)) for k in range(len(batches))]
     lr = settings.lr * warmup_cosine(trainer.step, trainer.total_steps, settings.warmup)
-    try: outcome = trainer.state.step(batches, seeds, lr, trainer.step / trainer.steps_per_epoch, stop)
-    except torch.cuda.OutOfMemoryError as e:
-        raise MemoryError(f'the accelerator ran out of memory at step {trainer.step}: halve the batch size and double accumulate (the same gradients), '
-                          'switch checkpointing on, or take smaller patches') from e
+    outcome = trainer.state.step(batches, seeds, lr, trainer.step / trainer.steps_per_epoch, stop)
     if not math.isfinite(outcome.loss): halt(trainer, batches, seeds)
     return outcome
 
@@ -553,16 +581,9 @@ def run_steps(trainer: Trainer, signals: Signals, progress: Progress, look):
             if trainer.accelerator.is_main_process: progress.tick(trainer.step, trainer.folder.log.rows)
             if trainer.stopped or trainer.step == trainer.total_steps: break
 
-# %% ../nbs/06b_training.ipynb #8429dc0e
-def fit(
-    trainer: Trainer,
-    resume='auto',  # 'auto': go on if the folder holds a run; False: begin again; or the folder of a run or a checkpoint
-) -> nn.Module:  # the averaged model; with patience, the best of them
-    """Train to the end and return the average; `trainer.stopped` says where the end was not reached.
-
-    Raises FloatingPointError with step, epoch, the first bad tensor and pseudonyms where a number is not finite, ValueError if the folder
-    holds another run, OSError if a checkpoint cannot be written, MemoryError where a card is too small. After SIGINT and SIGTERM a
-    checkpoint is written, then KeyboardInterrupt and SystemExit(143) are raised."""
+# %% ../nbs/06b_training.ipynb #1d7a02f8
+def session(trainer: Trainer, resume):
+    "Open the run, train, and leave a summary."
     open_run(trainer, resume)
     settings, state = trainer.settings, trainer.state
     samples = settings.accumulate * trainer.accelerator.num_processes * (trainer.train_dl.batch_size or 1)
@@ -576,6 +597,21 @@ def fit(
     trainer.summary = run_summary(trainer.history, time.monotonic() - begun, samples, first, state.skipped, trainer.stopped, trainer.accelerator.device, trainer.step)
     if trainer.accelerator.is_main_process and trainer.step > first: write_json(trainer.folder.path / 'summary.json', trainer.summary)
     trainer.log(summary_text(trainer.summary))
+
+# %% ../nbs/06b_training.ipynb #fd02f35d
+def fit(
+    trainer: Trainer,
+    resume='auto',  # 'auto': go on if the folder holds a run; False: begin again; or the folder of a run or a checkpoint
+) -> nn.Module:  # the averaged model; with patience, the best of them
+    """Train to the end and return the average; `trainer.stopped` says where the end was not reached.
+
+    Raises FloatingPointError with step, epoch, the first bad tensor and pseudonyms where a number is not finite, ValueError if the folder
+    holds another run, OSError if a checkpoint cannot be written, MemoryError where a card is too small. After SIGINT and SIGTERM a
+    checkpoint is written, then KeyboardInterrupt and SystemExit(143) are raised."""
+    try: session(trainer, resume)
+    except torch.cuda.OutOfMemoryError as e:
+        raise MemoryError(f'the accelerator ran out of memory at step {trainer.step}: halve the batch size and double accumulate (the same gradients), '
+                          'switch checkpointing on, or take smaller patches') from e
     if trainer.stopped == 'SIGINT': raise KeyboardInterrupt
     if trainer.stopped == 'SIGTERM': raise SystemExit(143)
     return final_model(trainer)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
@@ -453,6 +454,69 @@ def test_a_full_card_says_what_to_change(tmp_path):
     def full(*args): raise torch.cuda.OutOfMemoryError('CUDA out of memory')
     model.loss = full
     with pytest.raises(MemoryError, match='step 0: halve the batch size and double accumulate'): trainer.fit()
+
+
+def test_a_full_card_in_a_preview_is_told_too(tmp_path):
+    trainer = make_adversarial(tmp_path / 'run', preview_every=1)
+    def full(*args): raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+    trainer.ema.preview = full
+    with pytest.raises(MemoryError, match='step 10: halve the batch size'): trainer.fit()
+
+
+class Scaler:
+    "A loss scaler that has found an infinite gradient in every step; there is no card here to have one."
+    def __init__(self, scale): self.scale = scale
+    def get_scale(self): return self.scale
+
+
+@pytest.mark.parametrize('scale, moves', [(65536., True), (1e-4, False)])
+def test_a_scale_that_shrinks_for_ever_is_no_overflow(scale, moves, tmp_path):
+    state = make_trainer(tmp_path / 'run').state
+    for p in state.weights.values(): p.grad = torch.full_like(p, torch.inf)
+    state.accelerator.unscale_gradients, state.accelerator.scaler = (lambda: None), Scaler(scale)
+    state.optimizer = SimpleNamespace(param_groups=state.optimizer.param_groups, step=lambda: None, step_was_skipped=True)
+    assert state.move(1e-3) is moves and state.skipped == 1
+
+
+@pytest.mark.parametrize('name, value', [(n, 0) for n in ('accumulate', 'keep', 'patience', 'checkpoint_every', 'overfit_batches', 'preview_every', 'post_hoc', 'profile', 'lr', 'clip', 'max_hours', 'snapshot_at')])
+def test_a_number_that_would_do_nothing_is_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=name): make_trainer(tmp_path / 'run', **{name: value})
+    assert not (tmp_path / 'run').exists()
+
+
+def test_going_back_forgets_what_came_after(tmp_path):
+    make_trainer(tmp_path / 'run', keep=99).fit()
+    make_trainer(tmp_path / 'run', seed=99, max_hours=1e-9).fit(tmp_path / 'run' / 'checkpoints' / 'step-00000014')
+    assert checkpoints(tmp_path / 'run' / 'checkpoints')[-1].name == 'step-00000015'
+    make_trainer(tmp_path / 'run', seed=98).fit()
+    make_trainer(tmp_path / 'whole').fit()
+    same_bits(result(tmp_path / 'run'), result(tmp_path / 'whole'))
+
+
+def test_a_flipped_bit_in_the_newest_costs_one_checkpoint(tmp_path):
+    make_trainer(tmp_path / 'run').fit()
+    path = checkpoints(tmp_path / 'run' / 'checkpoints')[-1] / 'ema.safetensors'
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    make_trainer(tmp_path / 'run', keep=1, checkpoint_every=1, max_hours=1e-9).fit()
+    assert checkpoints(tmp_path / 'run' / 'checkpoints')[-1].name == 'step-00000057'
+
+
+def test_patience_remembers_the_best_of_another_folder(tmp_path):
+    def make(folder, **more): return make_trainer(folder, max_steps=200, patience=3, lr=5., clip=1e9, ema=.1, snapshot_at=None, **more)
+    first = make(tmp_path / 'a')
+    best = first.fit()
+    assert first.stopped == 'patience'
+    again = make(tmp_path / 'b', model=diffusion(9)).fit(tmp_path / 'a')
+    for a, b in zip(best.parameters(), again.parameters(), strict=True): assert torch.equal(a, b)
+
+
+def test_averages_of_another_folder_come_along(tmp_path):
+    make_trainer(tmp_path / 'whole', post_hoc=8, keep=99).fit()
+    make_trainer(tmp_path / 'part', post_hoc=8, seed=99).fit(tmp_path / 'whole' / 'checkpoints' / 'step-00000028')
+    names = [sorted(p.name for p in (tmp_path / name / 'averages').iterdir()) for name in ('whole', 'part')]
+    assert names[0] == names[1] and len(names[0]) == 16
 
 
 def test_previews_are_pictures_and_volumes(tmp_path):
