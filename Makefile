@@ -25,13 +25,13 @@ test: .venv/dev.stamp
 	$(bin)/python tests/check_sync.py
 	$(bin)/python tests/check_notebooks.py
 	$(bin)/nbdev_test --n_workers 2 --do_print --timing
-	$(bin)/python -m pytest tests -m "not slow" --durations=10
+	$(bin)/python -m pytest tests -m "not slow" --numprocesses 2 --dist loadfile --durations=10
 
 test-all: .venv/dev.stamp
 	$(bin)/python tests/check_sync.py
 	$(bin)/python tests/check_notebooks.py
 	$(bin)/nbdev_test --n_workers 2 --do_print --timing --flags slow
-	$(bin)/python -m pytest tests --durations=10
+	$(bin)/python -m pytest tests --numprocesses 2 --dist loadfile --durations=10
 
 sync: .venv/dev.stamp
 	$(bin)/nbdev_export

@@ -261,7 +261,7 @@ def check_arguments(
     one_of(config.data.layout, WRITERS, 'data.layout')
     one_of(config.sampling.sampler, SAMPLERS, 'sampling.sampler')
 
-# %% ../nbs/06c_config.ipynb #de155500
+# %% ../nbs/06c_config.ipynb #147b0e00
 PRESETS = ('smoke', 'debug', 'medium', 'full', 'vae_ct', 'ldm_ct', 'dit_hc_tle', 'brats_16g', 'brats_32g', 'brats_multigpu', 'inpainting')
 
 
@@ -270,7 +270,8 @@ def merge(
     change: dict,
 ) -> dict:
     "`base` changed, section by section; one length of a training takes the place of another."
-    kept = {k: v for k, v in base.items() if k not in LENGTHS or not change.keys() & set(LENGTHS)}
+    new = {k for k in LENGTHS if change.get(k) is not None}
+    kept = {k: v for k, v in base.items() if k not in LENGTHS or not new}
     return kept | {k: merge(kept[k], v) if isinstance(v, dict) and isinstance(kept.get(k), dict) else v for k, v in change.items()}
 
 

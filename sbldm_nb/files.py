@@ -53,7 +53,7 @@ def image_suffix(
         if Path(path).name.lower().endswith(suffix): return suffix
     raise ValueError(f'{path}: expected a file ending in one of {", ".join(NIFTI + PICTURES)}')
 
-# %% ../nbs/000_files.ipynb #727d262a
+# %% ../nbs/000_files.ipynb #cb4f8e62
 def list_images(
     folder: str | os.PathLike,  # searched with its subfolders
     pattern: str = '*',  # which file names, for example '*_t1.nii.gz'
@@ -61,7 +61,7 @@ def list_images(
 ) -> list[Path]:  # sorted; hidden files are left out
     "The image files below a folder; a missing folder or an empty result is an error."
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
+    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: {"a file, where a folder is wanted" if Path(folder).exists() else "no such folder"}')
     files = sorted(p for p in folder.rglob(pattern)
                    if p.is_file() and not p.name.startswith('.') and p.name.lower().endswith(suffixes))
     if not files: raise ValueError(f'{folder}: no file matches {pattern!r} and ends in one of {", ".join(suffixes)}')

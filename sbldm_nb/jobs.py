@@ -161,7 +161,7 @@ def open_data(
     try: return tuple(open_split(config, cache, stage, split) for split in ('train', 'valid'))
     except ValueError as e: raise ValueError(f'{source}: {e}') from None
 
-# %% ../nbs/06d_jobs.ipynb #241ef717
+# %% ../nbs/06d_jobs.ipynb #a73ed08e
 ROLES = dict(pairs='target')  # where the item of a kind has its image; elsewhere 'image'
 
 
@@ -179,7 +179,7 @@ def check_images(
     if data.kind != 'pairs' and not patched and size != tuple(data.size):
         text = ','.join(map(str, size))
         raise ValueError(f'{where}the images have {" x ".join(map(str, size))} voxels, data.size says {" x ".join(map(str, data.size))}: '
-                         f'preprocess with --size {",".join(map(str, data.size))}, or set data.size={text}')
+                         f'preprocess with --size {",".join(map(str, (*data.size, "-")[:3]))}, or set data.size={text}')
     return channels, size
 
 # %% ../nbs/06d_jobs.ipynb #2ba27307
@@ -347,7 +347,7 @@ class Trained:
             save_config(config, model/'config.yaml')
         return self
 
-# %% ../nbs/06d_jobs.ipynb #3ece7df4
+# %% ../nbs/06d_jobs.ipynb #9b505231
 def check_training(
     training: TrainingConfig,
     items: int,  # of an epoch
@@ -372,7 +372,8 @@ def make_trainer(
 ) -> Trainer:
     "A trainer with the loaders that the configuration wants."
     sampler = BalancedSampler(train, training.seed, labels) if training.balanced else None
-    if not hasattr(train, 'fingerprint'): marked(train, dataset_fingerprint(train))
+    for data in (train, valid):
+        if not hasattr(data, 'fingerprint'): marked(data, dataset_fingerprint(data))
     pair = loaders(train, valid, training.batch, training.seed, training.workers, sampler)
     return Trainer(module, *pair, out, **training.for_trainer(), log=log)
 
@@ -390,7 +391,7 @@ def run(
         if not torch.cuda.is_available(): raise
         raise MemoryError(f'{e}; {memory_advice(config, stage, torch.cuda.mem_get_info()[1], vae)}') from None
 
-# %% ../nbs/06d_jobs.ipynb #69aacb34
+# %% ../nbs/06d_jobs.ipynb #ecc4eea5
 def train_vae(
     config: Config,
     source,             # folder of `preprocess`, 'cohort', or (train, valid) data sets
@@ -406,10 +407,11 @@ def train_vae(
     train, valid = open_data(config, source, 'vae', log)
     channels, size = check_images(config, train, source, bool(config.vae.patch))
     check_training(training, len(train))
+    labels = labels_of(train, training)
     torch.manual_seed(training.seed)
     module = vae_module(config, channels, len(size))
     claim(out, config, resume)
-    trainer = make_trainer(module, train, valid, training, out, log, labels_of(train, training))
+    trainer = make_trainer(module, train, valid, training, out, log, labels)
     trained = Trained(trainer, run(trainer, config, 'vae', resume).vae, out)
     return trained.keep(config, lambda folder: save_vae(trained.vae, folder))
 
@@ -419,7 +421,10 @@ def labels_of(
     training: TrainingConfig,
 ) -> list | None:
     "The class of every item, where they are to be balanced."
-    return list(data.labels) if training.balanced else None
+    if not training.balanced: return None
+    labels = list(getattr(data, 'labels', []))
+    if len(set(labels)) < 2: raise ValueError(f'training.balanced wants labelled cases of two classes or more, and these have {len(set(labels)) or "no label"}')
+    return labels
 
 # %% ../nbs/06d_jobs.ipynb #e2deeb08
 def images_of(
@@ -472,7 +477,7 @@ def cached_latents(
     once(out/'latents'/'made.json', key, write)
     return named(LatentCache.load(out/'latents'/name, space) for name in parts)
 
-# %% ../nbs/06d_jobs.ipynb #da49ea3c
+# %% ../nbs/06d_jobs.ipynb #b497afbe
 def open_vae(
     vae,  # folder of a run or of a model, or the network
 ) -> AutoencoderKL:
@@ -498,7 +503,7 @@ def check_vae(
 
 def check_task(
     config: Config,
-    train: Dataset,
+    train: Dataset | None,  # None: what the configuration says is all there is to look at
 ):
     "ValueError where the task speaks of other classes or slices than the data."
     task, data, paired = config.diffusion.task, config.data, dict(Interpolation='pairs', Inpainting='inpainting')
@@ -507,12 +512,12 @@ def check_task(
         raise ValueError(f"the task {task['name']} has new images in every epoch, so diffusion.cache=none is wanted, got {config.diffusion.cache}")
     if task['name'] == 'Interpolation' and task.get('geometry', 'slab5') != data.geometry:
         raise ValueError(f"diffusion.task.geometry is {task.get('geometry', 'slab5')}, data.geometry is {data.geometry}: one of them is wanted for both")
-    if task['name'] == 'ClassConditional':
+    if task['name'] == 'ClassConditional' and train is not None:
         if 'label' not in train[0]: raise ValueError('the task ClassConditional wants labelled cases, and these have no label')
         have, want = list(getattr(train, 'classes', [])), list(make_task(config).classes)
         if have and have != want: raise ValueError(f'diffusion.task.classes are {", ".join(want)}, the data have {len(have)} classes: in their order the names have to be the same')
 
-# %% ../nbs/06d_jobs.ipynb #f70405db
+# %% ../nbs/06d_jobs.ipynb #e92141db
 def train_diffusion(
     config: Config,
     source,             # folder of `preprocess`, 'cohort', or (train, valid) data sets, not augmented where latents are cached
@@ -532,14 +537,18 @@ def train_diffusion(
     check_vae(vae, channels, len(size))
     check_task(config, train)
     check_training(c.training, len(train))
+    labels = labels_of(train, c.training)
     torch.manual_seed(c.training.seed + 1)
     space = LatentSpace(vae)
     model = LatentDiffusion(space, make_denoiser(config, space, latent_size(vae, size)), get_schedule(**c.schedule), make_task(config), c.prediction_type,
                             weighting=c.weighting, base='mse' if c.frequency is None else FrequencyAwareLoss(**c.frequency), size=size)
     claim(out, config, resume)
-    measure_latents(config, space, train, out)
-    sets = cached_latents(config, space, train, valid, out, log)
-    trainer = make_trainer(model, *sets, c.training, out, log, labels_of(train, c.training))
+    try:
+        measure_latents(config, space, train, out)
+        sets = cached_latents(config, space, train, valid, out, log)
+    except torch.cuda.OutOfMemoryError:
+        raise MemoryError('the accelerator ran out of memory while images were encoded: free it of other processes, or take smaller images (data.size)') from None
+    trainer = make_trainer(model, *sets, c.training, out, log, labels)
     trained = Trained(trainer, run(trainer, config, 'diffusion', resume, vae), out)
     if trainer.snapshot is not None: trained.model.weak = trainer.snapshot.denoiser
     return trained.keep(config, trained.model.save_pretrained)
@@ -597,15 +606,23 @@ def source_text(
     parts = ', '.join(f'{n} {part}' for part in ('train', 'valid', 'test') if (n := sum(c['split'] == part for c in cases)))
     return f'{source}: {len(cases)} cases ({parts}) with {", ".join(sorted({r for c in cases for r in c["roles"]}))}'
 
-# %% ../nbs/06d_jobs.ipynb #6563e5af
+# %% ../nbs/06d_jobs.ipynb #e9fa5b71
 def items_of(
     config: Config,
     source,
     stage: str,
+    vae: AutoencoderKL | None = None,  # of a diffusion model
 ) -> int:
-    "How many training items an epoch has, without writing anything."
-    if source != 'cohort': return len(open_data(config, source, stage)[0])
-    data, cut = config.data, config.data.kind == 'pairs' or stage == 'vae' and config.vae.patch
+    "How many training items an epoch has, without writing anything; ValueError where the job would refuse images, autoencoder or task."
+    data, patched, train, (channels, *size) = config.data, stage == 'vae' and bool(config.vae.patch), None, image_shape(config)
+    if source != 'cohort':
+        train, _ = open_data(config, source, stage)
+        channels, size = check_images(config, train, source, patched)
+        labels_of(train, getattr(config, stage).training)
+    if vae is not None: check_vae(vae, channels, len(size))
+    if stage == 'diffusion': check_task(config, train)
+    if train is not None: return len(train)
+    cut = data.kind == 'pairs' or patched
     return data.subjects * (data.slices if data.kind == 'slices' else data.patches_per_case if cut else 1)
 
 
@@ -622,12 +639,13 @@ def plan(
         if part is None and stage is None: continue
         if part is None: raise ValueError(f'the configuration {config.name} has no section {name}')
         known = open_vae(vae) if name == 'diffusion' and vae is not None else None
+        items = items_of(config, source, name, known)
         what = 'autoencoder' if name == 'vae' else f'denoiser ({part.task["name"]})'
         if name == 'vae' or known or config.vae:
             shape, cost = step_cost(config, name, known)
             size = f'{cost.parameters / 1e6:.1f} M parameters, batches of {" x ".join(map(str, shape))}, about {memory_text(cost.total)} in float32'
         else: size = 'its size depends on the autoencoder'
-        check_training(part.training, items := items_of(config, source, name))
+        check_training(part.training, items)
         lines += [f'  trains  {what}: {size}', f'          for {length_text(part.training, items)}']
     return '\n'.join([*lines, '  writes  config.yaml, log, checkpoints and previews; model/ at the end'])
 

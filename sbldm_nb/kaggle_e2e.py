@@ -312,7 +312,7 @@ def run_study(
     write_report(out / 'report.html', sections(config, pictures, histories, numbers, facts_of(numbers)), NOTICE if folder is None else OWN_NOTICE)
     return numbers
 
-# %% ../nbs/08_kaggle_e2e.ipynb #8f2b8344
+# %% ../nbs/08_kaggle_e2e.ipynb #7cc9d33f
 @call_parse
 def demo(
     out: str = 'outputs/demo',  # folder for everything that is written
@@ -328,6 +328,7 @@ def demo(
         config = slices_config(preset)
         if dry_run: return print(plan(config, 'cohort' if folder is None else get_slices(config, folder, pattern)), 'dry run: nothing was written', sep='\n')
         numbers = run_study(config, out, folder, pattern)
+    except KeyboardInterrupt: raise SystemExit(130) from None
     except (OSError, ValueError, RuntimeError, FloatingPointError, MemoryError) as e:
         if debug: raise
         raise SystemExit(str(e)) from e

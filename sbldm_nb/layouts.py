@@ -53,7 +53,7 @@ class Found:
 
     __repr__ = __str__
 
-# %% ../nbs/002_layouts.ipynb #5d6f6769
+# %% ../nbs/002_layouts.ipynb #655102c9
 SPLITS = dict(train='train', training='train', val='valid', valid='valid', validation='valid', test='test', testing='test')
 UNFINISHED = ('.part', '.partial', '.crdownload', '.download', '.opdownload', '.aria2', '.tmp')
 
@@ -63,7 +63,7 @@ class Tree:
         folder: str | os.PathLike,  # hidden and linked folders in it are not entered
     ):
         self.folder, self.refused, found = Path(folder), {}, []
-        if not self.folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
+        if not self.folder.is_dir(): raise FileNotFoundError(f'{folder}: {"a file, where a folder is wanted" if Path(folder).exists() else "no such folder"}')
         self.root = os.path.realpath(folder)
         def locked(error): self.refused[Path(error.filename)] = 'folder that cannot be opened'
         for here, folders, files in os.walk(folder, onerror=locked):

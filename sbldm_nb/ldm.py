@@ -216,11 +216,12 @@ def preview_images(
         drawn = walker(model).sample(noise=randn(z.shape, generator, z.device), steps=steps, cond=cond, generator=generator).x0
         return {name: latent.decode(model.task.finish(v, cond), size).clamp(-1, 1) for name, v in (('sample', drawn), ('truth', z))}
 
-# %% ../nbs/06a_ldm.ipynb #95f6a7fc
+# %% ../nbs/06a_ldm.ipynb #1472d68d
 def latents_drawer(
     model: LatentDiffusion,
     seed: int,
     steps: int,
+    callback=None,  # of a sampler: called after each step
     **sampling,  # further arguments of `walker`
 ):  # callable (cond, k, projection) -> (1, C, ...) latents
     "Who draws, for the frames of `restoring`."
@@ -228,10 +229,10 @@ def latents_drawer(
         grid = (projection.known if cond is None else cond.concat).shape[2:]
         noise = NumberedNoise(seed, [k])
         start = noise((1, model.latent.mean.shape[1], *grid), device=model.latent.mean.device)
-        return walker(model, draw=noise, **sampling).sample(noise=start, steps=steps, cond=cond, projection=projection).x0
+        return walker(model, draw=noise, **sampling).sample(noise=start, steps=steps, cond=cond, projection=projection, callback=callback).x0
     return draw
 
-# %% ../nbs/06a_ldm.ipynb #4e6e7668
+# %% ../nbs/06a_ldm.ipynb #4318465d
 def interpolate_ct(
     model: LatentDiffusion,  # of the task Interpolation
     img,  # nibabel image (X, Y, d) in HU, thick slices along the third axis
@@ -241,7 +242,7 @@ def interpolate_ct(
     project: bool = True,  # make slab means equal to the thick slices
     seed: int = 0,
     splits: int = 1,  # slabs in which the autoencoder works
-    **sampling,  # sampler=, guidance=, cfg=, bf16=: see `walker`
+    **sampling,  # sampler=, guidance=, cfg=, bf16=: see `walker`; callback=: see a sampler's `sample`
 ):  # nibabel image (X, Y, D) float32 HU
     "Thin slices from thick ones: see `interpolate_image`."
     if not isinstance(model.task, Interpolation): raise ValueError(f'a model of the task Interpolation is wanted, this one is {type(model.task).__name__}')
@@ -258,7 +259,7 @@ def inpaint_hole(
     seed: int = 0,
     intensity=None,  # an `Intensity`; None: fitted to the known voxels
     splits: int = 1,  # slabs in which the autoencoder works
-    **sampling,  # sampler=, guidance=, cfg=, bf16=: see `walker`
+    **sampling,  # sampler=, guidance=, cfg=, bf16=: see `walker`; callback=: see a sampler's `sample`
 ):  # nibabel image of type, units and place of `img`, known voxels bit for bit
     "Tissue in a hole: see `inpaint_image`."
     with in_eval_mode(model): return inpaint_image(img, mask, model.task, model.latent, latents_drawer(model, seed, steps, **sampling), extras, samples, intensity, splits)

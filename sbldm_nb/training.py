@@ -166,7 +166,7 @@ def check_settings(settings: dict):
     if settings['snapshot_at'] is not None and not 0 < settings['snapshot_at'] <= 1:
         raise ValueError(f'snapshot_at is a share of the run, above 0 and at most 1, got {settings["snapshot_at"]}')
 
-# %% ../nbs/06b_training.ipynb #873967f7
+# %% ../nbs/06b_training.ipynb #863ca063
 STOPS = (None, 'max_hours', 'SIGTERM', 'SIGINT')
 IDENTITY = ('epochs', 'max_steps', 'budget', 'lr', 'betas', 'weight_decay', 'warmup', 'clip', 'ema', 'precision', 'snapshot_at', 'post_hoc', 'patience', 'overfit_batches', 'seed')
 
@@ -186,7 +186,8 @@ class Run:
         if s.overfit_batches: train_dl = valid_dl = first_batches(train_dl, s.overfit_batches, s.seed)
         together = s.accumulate * self.accelerator.num_processes
         check_length(s.epochs, s.max_steps, s.budget, len(train_dl), together)
-        data = dict(batches=together, batch_size=train_dl.batch_size, items=len(train_dl.dataset), data=getattr(train_dl.dataset, 'fingerprint', None))
+        data = dict(batches=together, batch_size=train_dl.batch_size, items=len(train_dl.dataset),
+                    data=getattr(train_dl.dataset, 'fingerprint', None), valid=getattr(getattr(valid_dl, 'dataset', None), 'fingerprint', None))
         self.folder = RunFolder(out_dir, {k: settings[k] for k in IDENTITY} | data | describe(module))
         self.log = s.log if s.log and self.accelerator.is_main_process else (lambda line: None)
         self.steps_per_epoch, self.valid_dl = len(train_dl) // together, valid_dl
@@ -581,12 +582,12 @@ def run_steps(trainer: Trainer, signals: Signals, progress: Progress, look):
             if trainer.accelerator.is_main_process: progress.tick(trainer.step, trainer.folder.log.rows)
             if trainer.stopped or trainer.step == trainer.total_steps: break
 
-# %% ../nbs/06b_training.ipynb #1d7a02f8
+# %% ../nbs/06b_training.ipynb #b775bff6
 def session(trainer: Trainer, resume):
     "Open the run, train, and leave a summary."
     open_run(trainer, resume)
     settings, state = trainer.settings, trainer.state
-    samples = settings.accumulate * trainer.accelerator.num_processes * (trainer.train_dl.batch_size or 1)
+    samples = settings.accumulate * trainer.train_dl.total_batch_size
     first, begun, progress = trainer.step, time.monotonic(), Progress(trainer.total_steps, trainer.steps_per_epoch, samples, trainer.log, first=trainer.step)
     if settings.trackers: by_main(trainer, lambda: start_trackers(trainer.accelerator, trainer.folder.path.name, trainer.folder.config, trainer.step))
     state.module.train()
@@ -616,11 +617,11 @@ def fit(
     if trainer.stopped == 'SIGTERM': raise SystemExit(143)
     return final_model(trainer)
 
-# %% ../nbs/06b_training.ipynb #22ef1c4d
+# %% ../nbs/06b_training.ipynb #f8749a9b
 def final_model(trainer: Trainer) -> nn.Module:
     "The average as a plain module; that of the best validation where patience ended the run."
     model = copy_of_average(trainer.state) if is_sharded(trainer.accelerator) else trainer.ema
-    if trainer.stopped != 'patience': return model
+    if trainer.stopped != 'patience' or trainer.best is None: return model
     groups, _ = load_checkpoint(trainer.folder.checkpoints / f'step-{trainer.best["step"]:08}')
     best = frozen_copy(model, trainer.state.module)
     for name, tensor in moving_tensors(best, trainer.state.module).items(): tensor.copy_(groups['ema'][name])

@@ -22,7 +22,7 @@ from torch import nn
 
 import sbldm_nb.checkpoints as checkpoints_module
 from sbldm_nb.averages import EMA, PowerEMA, frozen_copy, moving_tensors, post_hoc_average, save_average, solve_weights
-from sbldm_nb.checkpoints import (_digest, _seal, checkpoints, find_checkpoint, load_checkpoint, newest_intact, prune, random_state, save_checkpoint,
+from sbldm_nb.checkpoints import (_digest, _seal, checkpoints, drop_after, find_checkpoint, load_checkpoint, newest_intact, prune, random_state, save_checkpoint,
                                   set_random_state, sync)
 
 linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='wants fork and Linux file systems')
@@ -280,6 +280,20 @@ def test_prune_leaves_what_is_not_its_own(tmp_path):
     prune(tmp_path / 'nothing', keep=1)
 
 
+def test_who_goes_back_keeps_what_comes_next(tmp_path):
+    "Newer checkpoints, intact or damaged where no size tells, would count as the newest and push out what a run that begins before them writes."
+    for step in (1, 2, 8, 9): put(tmp_path, step)
+    path = tmp_path / 'step-00000009/model.safetensors'
+    path.write_bytes(bytes(path.stat().st_size))
+    (tmp_path / 'notes').mkdir()
+    drop_after(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['notes', 'step-00000001', 'step-00000002']
+    put(tmp_path, 3)
+    prune(tmp_path, keep=1)
+    assert newest_intact(tmp_path) == (tmp_path / 'step-00000003', [])
+    drop_after(tmp_path / 'nothing', 0)
+
+
 # real processes
 
 def process(work):
@@ -487,6 +501,39 @@ print(newest_intact(home)[0].name)
     error, names, last = run.stdout.splitlines()
     assert 'step-00000003 could not be written' in error and 'No space left on device' in error and error.endswith('untouched')
     assert names == "['step-00000001', 'step-00000002']" and last == 'step-00000003'
+
+
+@linux
+def test_a_training_on_a_small_disk(tmp_path):
+    "A tmpfs with room for two checkpoints and not for three: one sentence, those before it are whole; with room again the same call ends in the same bits."
+    script = f'''
+import os, sys, torch
+from pathlib import Path
+from torch.utils.data import DataLoader
+from sbldm_nb.checkpoints import *
+from sbldm_nb.training import Trainer
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(10_000))
+    def loss(self, batch, generator): return (self.weight - batch + torch.randn(10_000, generator=generator)).square().mean()
+def fit(folder): return Trainer(Line(), DataLoader(torch.arange(8.)[:, None], 1), None, folder, max_steps=20, checkpoint_every=5, keep=2, precision='fp32', log=None).fit()
+home = Path('{tmp_path}/disk')
+(home / 'room').write_bytes(bytes(550_000))
+try: fit(home / 'run')
+except OSError as e: print(e)
+print([p.name for p in checkpoints(home / 'run/checkpoints')], *newest_intact(home / 'run/checkpoints')[1])
+(home / 'room').unlink()
+print(torch.equal(fit(home / 'run').weight, fit('{tmp_path}/whole').weight))
+'''
+    (tmp_path / 'disk').mkdir()
+    mount = f'mount -t tmpfs -o size=1m none {tmp_path}/disk'
+    if subprocess.run(['unshare', '-m', 'sh', '-c', mount], capture_output=True).returncode: pytest.skip('no tmpfs can be mounted here')
+    run = subprocess.run(['unshare', '-m', 'sh', '-c', f'{mount} && exec "$0" -c "$1"', sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    error, names, last = run.stdout.splitlines()
+    assert 'could not be written' in error and 'No space left on device' in error and error.endswith('untouched')
+    assert names in ("['step-00000005', 'step-00000010']", "['step-00000005']") and last == 'True', run.stdout
 
 
 @linux

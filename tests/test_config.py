@@ -117,6 +117,7 @@ def test_lengths_take_each_others_place():
     assert merge(base, dict(training=dict(epochs=2))) == dict(training=dict(lr=1, epochs=2), keep=1)
     assert merge(base, dict(training=dict(lr=2))) == dict(training=dict(budget=3, lr=2), keep=1)
     assert base == dict(training=dict(budget=3, lr=1), keep=1)
+    assert merge(merge(base, dict(training=dict(max_steps=4))), dict(training=dict(budget=None)))['training'] == dict(lr=1, max_steps=4, budget=None)
 
 
 def test_every_field_is_explained():

@@ -175,6 +175,7 @@ VAE = dict(dims=2, latent_channels=8, channels=(8, 16))
     (['diffusion.task={name: ClassConditional}'], VAE, ValueError, 'these have no label'),
     (['diffusion.task={name: Interpolation}'], VAE, ValueError, 'wants data.kind=pairs'),
     (['diffusion.training.batch=17'], VAE, ValueError, '16 training items do not fill one batch of 17'),
+    (['diffusion.training.balanced=true'], VAE, ValueError, 'training.balanced wants labelled cases of two classes or more, and these have no label'),
     (['diffusion.training.precision=fp16'], VAE, ValueError, 'fp16'),
     (['diffusion.training.precision=fp8'], VAE, ValueError, 'fp8'),
     (['diffusion.training.trackers=tensorbord'], VAE, ValueError, "did you mean 'tensorboard'"),
@@ -194,6 +195,14 @@ def test_what_is_wrong_with_a_diffusion_model(overrides, vae, error, why, tmp_pa
 def test_what_is_wrong_with_an_autoencoder(overrides, why, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError)) as e: train_vae(reduced('debug', *overrides), 'cohort', tmp_path/'out', log=None)
     assert why in str(e.value) and '\n' not in str(e.value) and not (tmp_path/'out').exists()
+
+
+def test_a_card_too_small_to_encode_is_one_sentence(tmp_path, monkeypatch):
+    "There is no card here to fill: the autoencoder raises what one raises."
+    vae = AutoencoderKL(**VAE)
+    def full(*args, **kwargs): raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(vae, 'encode', full)
+    with pytest.raises(MemoryError, match='out of memory while images were encoded'): train_diffusion(reduced('debug'), 'cohort', vae, tmp_path/'out', log=None)
 
 
 def test_sources_that_are_none(tmp_path):
@@ -232,6 +241,25 @@ def test_a_plan_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match='no section vae'): plan(load_config('ldm_ct'), 'cohort', 'vae')
 
 
+@pytest.mark.parametrize('overrides, vae, why', [
+    ([], dict(dims=3, channels=(8, 16)), 'the autoencoder takes 3D images of 1 channels, the data are 2D images of 1'),
+    ([], dict(VAE, in_channels=2), 'takes 2D images of 2 channels'),
+    (['data.size=64,64'], VAE, 'the images have 32 x 32 voxels, data.size says 64 x 64: preprocess with --size 64,64,-'),
+    (['data.roles=t1n'], VAE, 't1n'),
+    (['diffusion.task={name: ClassConditional}'], VAE, 'diffusion.task.classes are HC, TLE-L, TLE-R, the data have 1 classes'),
+    (['diffusion.task={name: Interpolation}'], VAE, 'wants data.kind=pairs'),
+    (['diffusion.training.balanced=true'], VAE, 'of two classes or more, and these have 1'),
+    (['diffusion.training.batch=999'], VAE, 'do not fill one batch of 999')])
+def test_what_a_job_refuses_its_plan_refuses(overrides, vae, why, tmp_path_factory):
+    cache = Path(os.environ['SBLDM_CACHE'])/'of-plans'
+    if not cache.exists(): preprocess(Cohort(6, spacing=8.).write(cache.with_name('raw-of-plans')), cache, modality='t1', size=(32, 32, 16), fractions=(.7, .3, 0.))
+    config, out, before = reduced('debug', 'data.levels=none', *overrides), tmp_path_factory.mktemp('plan'), tree(cache)
+    for doing in (lambda: plan(config, cache, 'diffusion', AutoencoderKL(**vae)), lambda: train_diffusion(config, cache, AutoencoderKL(**vae), out/'run', log=None)):
+        with pytest.raises(ValueError) as e: doing()
+        assert why in str(e.value) and '\n' not in str(e.value)
+    assert tree(cache) == before and tree(out) == []
+
+
 @pytest.mark.parametrize('name, stage', [('medium', 'vae'), ('dit_hc_tle', 'vae'), ('brats_32g', 'vae'), ('inpainting', 'vae')])
 def test_advice_is_settings_that_fit(name, stage):
     config = load_config(name)
@@ -243,6 +271,13 @@ def test_advice_is_settings_that_fit(name, stage):
         changed = load_config(name, advice.split('--set ')[1].split(' (')[0].split())
         assert step_cost(changed, stage)[1].total <= .8 * share * need
         assert getattr(changed, stage).training.batch * getattr(changed, stage).training.accumulate == getattr(config, stage).training.batch * getattr(config, stage).training.accumulate
+
+
+@pytest.mark.parametrize('name, gib', [('brats_16g', 16), ('brats_32g', 32), ('brats_multigpu', 32)])
+def test_a_preset_fits_the_card_of_its_name_by_the_count(name, gib):
+    "At full size, counted on the meta device; a fifth is left to what the count does not see. No card was asked."
+    needs = [step_cost(load_config(name), stage)[1].total for stage in ('vae', 'diffusion')]
+    assert max(needs) <= .8 * gib * 2**30 and (gib == 16 or max(needs) > .8 * 16 * 2**30)
 
 
 TWO = '''

@@ -520,7 +520,7 @@ def test_two_equally_good_are_both_named(tmp_path):
 
 def test_nothing_there(tmp_path):
     refused(tmp_path/'x', 'no such folder', error=FileNotFoundError)
-    refused(grow(tmp_path, 'f.nii')/'f.nii', 'no such folder', error=FileNotFoundError)
+    refused(grow(tmp_path, 'f.nii')/'f.nii', 'a file, where a folder is wanted', error=FileNotFoundError)
     (tmp_path/'empty').mkdir()
     for layout in LAYOUTS: refused(tmp_path/'empty', f'no {layout} layout, expected', 'what is there: nothing', layout=layout)
     refused(grow(tmp_path/'tar', 'BraTS2021_Training_Data.tar'), 'archive that is not unpacked (1)')

@@ -322,6 +322,15 @@ def test_no_begins_again_and_other_settings_are_refused(tmp_path):
     assert (tmp_path / 'run' / 'notes.txt').read_text() == 'mine'
 
 
+def test_other_validation_images_are_refused(tmp_path):
+    def run(mark):
+        train, held = slices(), slices(8, 1)
+        held.fingerprint = mark
+        Trainer(diffusion(), *loaders(train, held, batch_size=4), tmp_path / 'run', max_steps=3, precision='fp32', log=None).fit()
+    run('a')
+    with pytest.raises(ValueError, match='valid = a where b is asked for now'): run('b')
+
+
 def test_another_autoencoder_is_refused(tmp_path):
     make_trainer(tmp_path / 'run', max_steps=3).fit()
     model = diffusion()
@@ -595,9 +604,11 @@ def test_budget_becomes_a_number_of_steps_once(tmp_path):
 
 def test_progress_tells_the_time_left(tmp_path):
     lines = []
-    make_trainer(tmp_path / 'run', max_steps=10, log=lines.append).fit()
-    assert 'step 10/10' in lines[-2] and 'samples/s' in lines[-2] and 'valid' in lines[-2]
-    assert lines[-1].startswith('done: 10 steps (1.0 epochs)') and 'best validation' in lines[-1]
+    trainer = make_trainer(tmp_path / 'run', max_steps=60, accumulate=2, log=lines.append)
+    trainer.fit()
+    assert trainer.summary['samples_per_s'] * trainer.summary['seconds'] == pytest.approx(60 * 2 * 4, rel=.2)
+    assert 'step 60/60' in lines[-2] and 'samples/s' in lines[-2] and 'valid' in lines[-2]
+    assert lines[-1].startswith('done: 60 steps (12.0 epochs)') and 'best validation' in lines[-1]
 
 
 def test_log_survives_a_line_cut_short(tmp_path):
