@@ -73,7 +73,7 @@ def test_overrides(text, key, wanted):
     ('data.size=a,b', "data.size wants a whole number, got 'a'"), ('data.size=3.5,4', 'data.size wants a whole number, got 3.5'), ('vae.training.lr=.inf', "got '.inf'"),
     ('vae.training.lr=1e999', 'wants a finite number'), ('vae.training.lr=', 'vae.training.lr wants a finite number, got None'), ('vae.training=3', 'vae.training wants keys with values'),
     ('vae.network=3', 'vae.network wants keys with values'), ('data=none', 'data'), ('vae.training.epochs=0', 'vae.training: a training wants exactly one of'),
-    ('vae.training.epochs=none', 'exactly one of'), ('vae.training.batch=0', 'a batch of 1 or more'), ('diffusion.cache=disc', "did you mean 'disk'"), ('data.kind=slice', "did you mean 'slices'"),
+    ('vae.training.budget=none', 'exactly one of'), ('vae.training.batch=0', 'a batch of 1 or more'), ('diffusion.cache=disc', "did you mean 'disk'"), ('data.kind=slice', "did you mean 'slices'"),
     ('data.layout=bratz', "did you mean 'brats'"), ('sampling.sampler=hein', "did you mean 'heun'"), ('vae.network.name=brats16', "did you mean 'brats_16g'"),
     ('diffusion.network.name=DiT3D_S4', "network.name 'DiT3D_S4' is unknown"), ('diffusion.schedule.gama=3', "did you mean 'gamma'"), ('diffusion.task.name=none', 'diffusion.task.name None is unknown'),
     ('diffusion.frequency.cutoff=3', "did you mean 'cutoff_ratio'"), ('data.augment.flip=x', "did you mean 'flips'"), ('vae.loss.kll=3', "did you mean 'kl'"),

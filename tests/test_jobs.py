@@ -98,7 +98,7 @@ def test_a_folder_of_preprocess(tmp_path):
     model = train_diffusion(config, tmp_path/'cache', tmp_path/'vae', tmp_path/'ldm', log=None).model
     assert trained.vae.config['dims'] == 2 and model.sample(1, positions=.1, steps=2).shape == (1, 1, 32, 32)
     assert '10 cases (8 train, 1 valid, 1 test) with t1' in plan(config, tmp_path/'cache')
-    with pytest.raises(ValueError, match='the images have 32 x 32 voxels, data.size says 64 x 64: preprocess with --size 64,64, or set data.size=32,32'):
+    with pytest.raises(ValueError, match='the images have 32 x 32 voxels, data.size says 64 x 64: preprocess with --size 64,64,-, or set data.size=32,32'):
         train_vae(reduced('debug', 'data.size=64,64'), tmp_path/'cache', tmp_path/'other')
     with pytest.raises(ValueError, match="cache: .*lack.*'t1n'|cache: .*t1n"): train_vae(reduced('debug', 'data.roles=t1n'), tmp_path/'cache', tmp_path/'other')
     assert not (tmp_path/'other').exists()

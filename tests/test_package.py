@@ -50,7 +50,7 @@ def test_wheel_holds_code_assets_and_licences_only(built):
     with zipfile.ZipFile(built[1]) as wheel: names = set(wheel.namelist())
     code = {name for name in names if '.dist-info/' not in name}
     assert code == {str(path.relative_to(root)) for path in (root/'sbldm_nb').rglob('*')
-                    if path.is_file() and (path.suffix == '.py' or path.parent.name == 'assets')}
+                    if path.is_file() and (path.suffix == '.py' or 'assets' in path.parts)}
     assert {'LICENSE', 'NOTICE'} <= {name.rsplit('/', 1)[-1] for name in names}
     assert built[1].stat().st_size < 4 * 2**20
 
