@@ -29,12 +29,14 @@ def people(here, n=3):
     for k in range(n): person(here, f'DOE-JANE-{k + 1:05d}-000')
     return here
 
+def listen(): signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it, and its children would too
+
 def command(source, out, ground, *more, **process):
     "The command line in a process of its own; its environment is the ground's."
     script = write(ground/'bin'/'sbldm_preprocess', ENTRY)
     env = {**os.environ, 'SBLDM_CACHE': str(ground/'home'), 'TMPDIR': str(ground/'tmp'), 'OMP_NUM_THREADS': '1',
            'PYTHONPATH': os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
-    return subprocess.Popen([sys.executable, script, source, out, *more], env=env, cwd=ground/'work', text=True, start_new_session=True,
+    return subprocess.Popen([sys.executable, script, source, out, *more], env=env, cwd=ground/'work', text=True, start_new_session=True, preexec_fn=listen,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **process)
 
 def finish(process, source, out):
