@@ -475,6 +475,15 @@ def test_survives(scenario):
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
+def on_small_disk(tmp_path, script):
+    "The lines that a script prints which has a tmpfs of one megabyte at `disk`."
+    (tmp_path / 'disk').mkdir()
+    mount = f'mount -t tmpfs -o size=1m none {tmp_path}/disk'
+    if subprocess.run(['unshare', '-m', 'sh', '-c', mount], capture_output=True).returncode: pytest.skip('no tmpfs can be mounted here')
+    run = subprocess.run(['unshare', '-m', 'sh', '-c', f'{mount} && exec "$0" -c "$1"', sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout.splitlines()
+
 @linux
 def test_a_small_disk(tmp_path):
     "A tmpfs of one megabyte: the third checkpoint does not fit, and after pruning it does."
@@ -493,12 +502,7 @@ prune(home, 1)
 put(3)
 print(newest_intact(home)[0].name)
 '''
-    (tmp_path / 'disk').mkdir()
-    mount = f'mount -t tmpfs -o size=1m none {tmp_path}/disk'
-    if subprocess.run(['unshare', '-m', 'sh', '-c', mount], capture_output=True).returncode: pytest.skip('no tmpfs can be mounted here')
-    run = subprocess.run(['unshare', '-m', 'sh', '-c', f'{mount} && exec "$0" -c "$1"', sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
-    error, names, last = run.stdout.splitlines()
+    error, names, last = on_small_disk(tmp_path, script)
     assert 'step-00000003 could not be written' in error and 'No space left on device' in error and error.endswith('untouched')
     assert names == "['step-00000001', 'step-00000002']" and last == 'step-00000003'
 
@@ -526,14 +530,9 @@ print([p.name for p in checkpoints(home / 'run/checkpoints')], *newest_intact(ho
 (home / 'room').unlink()
 print(torch.equal(fit(home / 'run').weight, fit('{tmp_path}/whole').weight))
 '''
-    (tmp_path / 'disk').mkdir()
-    mount = f'mount -t tmpfs -o size=1m none {tmp_path}/disk'
-    if subprocess.run(['unshare', '-m', 'sh', '-c', mount], capture_output=True).returncode: pytest.skip('no tmpfs can be mounted here')
-    run = subprocess.run(['unshare', '-m', 'sh', '-c', f'{mount} && exec "$0" -c "$1"', sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
-    error, names, last = run.stdout.splitlines()
+    error, names, last = on_small_disk(tmp_path, script)
     assert 'could not be written' in error and 'No space left on device' in error and error.endswith('untouched')
-    assert names in ("['step-00000005', 'step-00000010']", "['step-00000005']") and last == 'True', run.stdout
+    assert names in ("['step-00000005', 'step-00000010']", "['step-00000005']") and last == 'True', names
 
 
 @linux

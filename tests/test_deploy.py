@@ -157,7 +157,7 @@ def test_volumes_exist_and_suffice(name):
     claims = {d['metadata']['name'] for d in documents if d['kind'] == 'PersistentVolumeClaim'}
     mounts = {m['name']: m for m in container['volumeMounts']}
     assert {v['name'] for v in spec['volumes']} == set(mounts)
-    assert {m['mountPath'] for m in mounts.values()} >= {'/work', '/tmp'}
+    assert {m['mountPath'] for m in mounts.values()} >= {'/workspace', '/tmp'}
     for volume in spec['volumes']:
         if 'persistentVolumeClaim' in volume:
             assert volume['persistentVolumeClaim']['claimName'] in claims
@@ -238,11 +238,11 @@ def test_the_readme_names_every_manifest():
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    "Folders for /source, with a few simulated people, and /work; our commands as pip would install them; torchrun."
+    "Folders for /source, with a few simulated people, and /workspace; our commands as pip would install them; torchrun."
     from sbldm_nb.cohort import Cohort
     at = tmp_path_factory.mktemp('pod')
     Cohort(6, spacing=4.).write(at/'source', 'brats')
-    for name in ('work', 'home', 'bin'): (at/name).mkdir()
+    for name in ('workspace', 'home', 'bin'): (at/name).mkdir()
     scripts = dict(s.split('=') for s in settings()['console_scripts'].split())
     lines = {name: 'import sys; from {} import {} as main; sys.exit(main())'.format(*where.split(':')) for name, where in scripts.items()}
     lines['torchrun'] = 'import sys; from torch.distributed.run import main; sys.exit(main())'
@@ -253,7 +253,7 @@ def place(tmp_path_factory):
 
 def start(job, at, more, index=0, line=None, **change):
     "Pod `index` of a Job as a process of this machine: its folders elsewhere, `more` words at the end of its command line."
-    line = re.sub(r'(?<=\s)/(source|work)\b', lambda m: f'{at}/{m[1]}', line or script(job)) + ' ' + more
+    line = re.sub(r'(?<=\s)/(source|workspace)\b', lambda m: f'{at}/{m[1]}', line or script(job)) + ' ' + more
     env = {**os.environ, **environment(job), 'PATH': f"{at}/bin:{os.environ['PATH']}", 'PYTHONPATH': str(root), 'HOME': str(at/'home'), 'SBLDM_ID_KEY': 'a key for these tests',
            'JOB_COMPLETION_INDEX': str(index), **change}
     return subprocess.Popen(['/bin/sh', '-c', line], cwd=at, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -278,7 +278,7 @@ def prepared(place):
     finish(start(job, place, '--size 16,16,16 --workers 1', index=7))
     finish(start(job, place, '--size 16,16,16 --workers 1 --shard 1/1'))
     torch.manual_seed(0)
-    save_vae(AutoencoderKL(3, channels=(8, 16)), place/'work'/'runs'/'vae'/'model')
+    save_vae(AutoencoderKL(3, channels=(8, 16)), place/'workspace'/'runs'/'vae'/'model')
     return place
 
 def test_preprocessing_makes_what_the_preset_of_the_training_wants(prepared):
@@ -289,20 +289,24 @@ def test_preprocessing_makes_what_the_preset_of_the_training_wants(prepared):
     data = load_config(*presets).data
     assert words[words.index('--modality') + 1].split(',') == list(data.roles)
     assert tuple(map(int, words[words.index('--size') + 1].split(','))) == data.size
-    assert len(Cache(prepared/'work'/'cache').cases()) == 6
+    assert len(Cache(prepared/'workspace'/'cache').cases()) == 6
 
 @pytest.mark.parametrize('name', ['sbldm-vae', 'sbldm-ldm'])
 def test_our_commands_take_these_lines(prepared, name):
-    before = sorted((prepared/'work').rglob('*'))
+    before = sorted((prepared/'workspace').rglob('*'))
     (said,) = finish(start(jobs[name], prepared, f'--dry_run --set {small}', line='exec ' + shlex.join(command(jobs[name]))))
     assert 'brats_multigpu' in said
-    assert sorted((prepared/'work').rglob('*')) == before, 'a dry run writes nothing'
+    assert sorted((prepared/'workspace').rglob('*')) == before, 'a dry run writes nothing'
+
+def free_port():
+    "A port that nobody listens at, below those that the system hands out to whoever asks: it stays free until the pods meet."
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as s:
+            if s.connect_ex(('127.0.0.1', port)): return port
 
 def training_pods(at):
     "The Job on several machines, with two pods of one process each that meet here, for two steps."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        here = f'127.0.0.1:{s.getsockname()[1]}'
+    here = f'127.0.0.1:{free_port()}'
     steps = ' '.join(f'diffusion.training.{change}' for change in ('epochs=null', 'max_steps=2', 'workers=0', 'batch=1', 'preview_every=null'))
     return [start(jobs['sbldm-ldm'], at, f'--set {small} {steps}', index=i, GPUS='1', RENDEZVOUS=here) for i in (1, 0)]
 
@@ -312,14 +316,14 @@ def trained(prepared):
     return prepared
 
 def test_two_pods_train_and_a_third_samples(trained):
-    run = trained/'work'/'runs'/'ldm'
+    run = trained/'workspace'/'runs'/'ldm'
     assert list((run/'model').glob('*.safetensors')) and (run/'checkpoints').is_dir() and (run/'config.yaml').is_file()
     finish(start(jobs['sbldm-sample'], trained, '--n 8 --steps 2', index=7))
-    assert [p.name for p in (trained/'work'/'samples').glob('simulated_*.nii.gz')] == ['simulated_0007.nii.gz']
+    assert [p.name for p in (trained/'workspace'/'samples').glob('simulated_*.nii.gz')] == ['simulated_0007.nii.gz']
 
 @pytest.mark.slow
 def test_a_job_that_is_started_again_has_nothing_left_to_do(trained):
-    model = trained/'work'/'runs'/'ldm'/'model'
+    model = trained/'workspace'/'runs'/'ldm'/'model'
     weights = {p.name: p.read_bytes() for p in model.glob('*.safetensors')}
     finish(*training_pods(trained))
     assert {p.name: p.read_bytes() for p in model.glob('*.safetensors')} == weights

@@ -31,13 +31,13 @@ def people(here, n=3):
 
 def listen(): signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it, and its children would too
 
-def command(source, out, ground, *more, **process):
+def command(source, out, ground, *more, start=listen):
     "The command line in a process of its own; its environment is the ground's."
     script = write(ground/'bin'/'sbldm_preprocess', ENTRY)
     env = {**os.environ, 'SBLDM_CACHE': str(ground/'home'), 'TMPDIR': str(ground/'tmp'), 'OMP_NUM_THREADS': '1',
            'PYTHONPATH': os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
-    return subprocess.Popen([sys.executable, script, source, out, *more], env=env, cwd=ground/'work', text=True, start_new_session=True, preexec_fn=listen,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **process)
+    return subprocess.Popen([sys.executable, script, source, out, *more], env=env, cwd=ground/'work', text=True, start_new_session=True, preexec_fn=start,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 def finish(process, source, out):
     "(exit code, what it printed), after the test that it names nobody."
@@ -214,7 +214,7 @@ def test_the_command_blames_the_folder_that_is_locked(ground):
     for folder, out in ((source, ground/'work'/'out'), (ground/'locked', ground/'locked'/'out')):
         folder.mkdir(exist_ok=True)
         folder.chmod(0o555 if folder != source else 0)
-        code, _, stderr = finish(command(source, out, ground, preexec_fn=become_mortal), source, out)
+        code, _, stderr = finish(command(source, out, ground, start=become_mortal), source, out)
         folder.chmod(0o755)
         assert code == 1
         one_sentence(stderr.strip(), source if folder == source else out)
