@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['is_label', 'foreground_box', 'prepare', 'shard_of', 'Report', 'preprocess', 'Cache']
 
-# %% ../nbs/00_data.ipynb #22b44c26
-import contextlib, errno, functools, hashlib, itertools, json, math, multiprocessing.connection, os, re, shutil, signal, socket, subprocess, sys, time, warnings
+# %% ../nbs/00_data.ipynb #1ec9f3b9
+import contextlib, errno, functools, hashlib, itertools, json, math, multiprocessing.connection, os, re, shutil, signal, subprocess, sys, time, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -19,7 +19,7 @@ import scipy
 from numpy.lib import format as npy
 from tqdm import tqdm
 from . import __version__
-from .files import atomic_write, key_fingerprint, one_of, pseudonym, split_zip
+from .files import _MACHINE, atomic_write, key_fingerprint, one_of, pseudonym, split_zip
 from .images import crop_or_pad, Intensity, make_image, pick_slices, read_image, read_volumes, resample, spacing_of, split_patients, to_ras, write_image, z_of_slices
 from .layouts import Found, discover
 
@@ -135,8 +135,7 @@ def _sha256(files):
             while block := f.read(2**20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/00_data.ipynb #c5f02345
-_MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+# %% ../nbs/00_data.ipynb #78118893
 def _partial(out, key): return out/f'.{key}.{_MACHINE}-{os.getpid()}.partial'
 def _remove(path): path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
 def _json(content): return (json.dumps(content, indent=1, sort_keys=True) + '\n').encode()
@@ -288,7 +287,7 @@ def _tasks(found, settings):
     if len(tasks) < len(found.cases): raise ValueError(f'{found.folder}: two patients have one pseudonym')
     return dict(sorted(tasks.items()))
 
-# %% ../nbs/00_data.ipynb #9132ac55
+# %% ../nbs/00_data.ipynb #9fffa460
 def _claim(out, source, settings):
     "Make the output folder and lay down the settings, or refuse one that was made with others."
     if out.resolve().is_relative_to(source.resolve()): raise ValueError(f'{out}: lies in the source folder, where the next run would find it')
@@ -310,7 +309,7 @@ def _read_json(path):
 def _sweep(out, seconds):
     "Remove what dead processes left behind: ours by their number, what tells no number or another machine by its age."
     for p in (p for d in (out, *out.iterdir()) if d.is_dir() and not d.is_symlink() for p in d.glob('.*.partial')):
-        ours = re.search(rf'\.{_MACHINE}-(\d{{1,9}})\.partial$', p.name)
+        ours = re.search(rf'\.{_MACHINE}-(\d{{1,9}})(-\w+)?\.partial$', p.name)
         with contextlib.suppress(FileNotFoundError):
             if ours and not psutil.pid_exists(int(ours[1])) or time.time() - p.lstat().st_mtime > max(2*seconds, 3600): _remove(p)
 

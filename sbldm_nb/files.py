@@ -7,11 +7,14 @@ __all__ = ['NIFTI', 'PICTURES', 'MAX_MEMBERS', 'MAX_TABLE', 'MAX_BYTES', 'MAX_RA
            'one_of', 'image_suffix', 'list_images', 'patient_of', 'cache_dir', 'keyed', 'pseudonym', 'key_fingerprint',
            'is_bomb', 'zip_members', 'read_member', 'split_zip', 'in_time']
 
-# %% ../nbs/000_files.ipynb #3e841364
-import difflib, hashlib, hmac, io, os, queue, re, secrets, stat, struct, threading, uuid, zipfile, zlib
+# %% ../nbs/000_files.ipynb #a08ab375
+import difflib, hashlib, hmac, io, os, queue, re, secrets, socket, stat, struct, threading, uuid, zipfile, zlib
 from pathlib import Path, PurePosixPath
 
-# %% ../nbs/000_files.ipynb #218103f7
+# %% ../nbs/000_files.ipynb #96271b6f
+_MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+def _aside(path): return path.parent/f'.{path.name}.{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial'
+
 def atomic_write(
     path: str | os.PathLike,  # the file to write; its folder is made if it is missing
     content: bytes,  # everything the file shall hold
@@ -19,7 +22,7 @@ def atomic_write(
     "Write a file whole or not at all: whoever opens `path` sees the old content or the new, never a part."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent/f'.{path.name}.{uuid.uuid4().hex[:12]}.partial'
+    partial = _aside(path)
     try:
         with open(partial, 'xb') as f:
             f.write(content)
@@ -87,7 +90,7 @@ def cache_dir() -> Path:  # of all the library's caches
     "`$SBLDM_CACHE` if set, else `~/.cache/sbldm_nb`."
     return Path(os.environ.get('SBLDM_CACHE') or Path.home()/'.cache'/'sbldm_nb').expanduser()
 
-# %% ../nbs/000_files.ipynb #d0e215a4
+# %% ../nbs/000_files.ipynb #bc9157ab
 def _id_key():
     if key := os.environ.get('SBLDM_ID_KEY'):
         if len(key) < 16: raise ValueError(f'$SBLDM_ID_KEY has {len(key)} characters, expected at least 16')
@@ -95,7 +98,7 @@ def _id_key():
     path = cache_dir()/'pseudonym.key'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:12]}.partial')
+        own = _aside(path)
         try:
             with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as f: f.write(secrets.token_hex(32))
             try: os.link(own, path)

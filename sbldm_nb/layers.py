@@ -28,15 +28,17 @@ def as_tuple(
         raise ValueError(f'{value} was given where {dims} positive whole numbers, one for each spatial axis, are wanted')
     return value
 
-# %% ../nbs/00c_layers.ipynb #9bc3f829
+# %% ../nbs/00c_layers.ipynb #3dc9a1c6
 class Conv3d(nn.Conv3d):
-    "`nn.Conv3d` that stays with oneDNN for a single volume on a CPU."
+    "`nn.Conv3d` that stays with oneDNN for a single volume on a CPU, and with float32 on grids thinner than its kernel."
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         alone = x.ndim == 5 and len(x) == 1 and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
         free = alone and not torch.compiler.is_compiling()  # a compiler cannot trace this operator, and chooses for itself
         if free and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled('cpu'):
             return torch.ops.aten.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
-        return super()._conv_forward(x, weight, bias)
+        answers = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') and x.dtype == torch.float32 else x.dtype
+        if x.device.type != 'cpu' or answers.itemsize > 2 or x.shape[-3] >= self.kernel_size[0]: return super()._conv_forward(x, weight, bias)
+        with torch.autocast('cpu', enabled=False): return super()._conv_forward(x.float(), weight.float(), None if bias is None else bias.float()).to(answers)
 
 # %% ../nbs/00c_layers.ipynb #68f5d449
 def ConvNd(

@@ -275,13 +275,14 @@ def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(source, whole, t
     out = tmp_path/'out'
     dead = subprocess.Popen([sys.executable, '-c', ''])
     dead.wait()
-    gone = [out/f'.p1-0.{_MACHINE}-{dead.pid}.partial', out/'.p2-0.elsewhere-1.partial', out/'.manifest.json.0123456789ab.partial']
+    gone = [out/f'.p1-0.{_MACHINE}-{dead.pid}.partial', out/'.p2-0.elsewhere-1.partial', out/'.manifest.json.0123456789ab.partial',
+            out/f'.settings.json.{_MACHINE}-{dead.pid}-01234567.partial']
     stay = [_partial(out, 'p3-0'), out/'.p4-0.elsewhere-1.partial']
     for p in (gone[0], gone[1], *stay): (p/'x').mkdir(parents=True)
-    gone[2].write_text('half')
-    for p in gone[1:]: os.utime(p, (time.time() - 1e5,)*2)
+    for p in gone[2:]: p.write_text('half')
+    for p in gone[1:3]: os.utime(p, (time.time() - 1e5,)*2)
     preprocess(source, out, spacing=2.)
-    assert [p.exists() for p in (*gone, *stay)] == [False, False, False, True, True]
+    assert [p.exists() for p in (*gone, *stay)] == [False]*4 + [True]*2
 
 
 def test_shards_at_the_same_time_make_the_whole(source, whole, tmp_path):
