@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'Remote', 'remote_of', 'shown', 'bytes_text', 'Meter', 'need_room', 'md5_of', 'fetch', 'tar_members',
            'unpack', 'plainly', 'attached', 'download']
 
-# %% ../nbs/00f_download.ipynb #b5446df9
+# %% ../nbs/00f_download.ipynb #418b81c7
 import errno, hashlib, http.client, importlib, json, os, re, shutil, ssl, tarfile, time, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
-from .files import MAX_MEMBERS, atomic_write, is_bomb, one_of
+from .files import MAX_MEMBERS, atomic_write, clear_aside, is_bomb, one_of
 
 # %% ../nbs/00f_download.ipynb #b26a8cab
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def md5_of(
         while piece := f.read(1 << 20): h.update(piece)
     return h.hexdigest()
 
-# %% ../nbs/00f_download.ipynb #d1174472
+# %% ../nbs/00f_download.ipynb #f18826db
 def fetch(
     url: str,  # http or https
     path: str | os.PathLike,  # the file to make
@@ -165,9 +165,12 @@ def fetch(
     "Fetch one file: goes on where the last call stopped, checks it, and gives it its name at the very end."
     path = Path(path)
     if urlsplit(url).scheme not in ('http', 'https'): raise ValueError(f'{shown(url)}: expected an address that begins with https:// or http://')
-    if path.exists(): return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part, note = (path.with_name(path.name + end) for end in ('.part', '.part.json'))
+    clear_aside(note)
+    if path.exists():
+        note.unlink(missing_ok=True)                               # the process was killed at the very end
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     meter, best, idle = Meter(path.name, log), part.stat().st_size if part.exists() else 0, 0
     while True:
         try: _receive(url, part, note, timeout, meter, lambda rest: need_room(path.parent, rest + room_after, path.name))
