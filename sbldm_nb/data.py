@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_label', 'foreground_box', 'prepare', 'shard_of', 'Report', 'preprocess', 'Cache']
 
-# %% ../nbs/00_data.ipynb #1ec9f3b9
+# %% ../nbs/00_data.ipynb #9fec181b
 import contextlib, errno, functools, hashlib, itertools, json, math, multiprocessing.connection, os, re, shutil, signal, subprocess, sys, time, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ import scipy
 from numpy.lib import format as npy
 from tqdm import tqdm
 from . import __version__
-from .files import _MACHINE, atomic_write, key_fingerprint, one_of, pseudonym, split_zip
+from .files import _MACHINE, _left_behind, atomic_write, key_fingerprint, one_of, pseudonym, split_zip
 from .images import crop_or_pad, Intensity, make_image, pick_slices, read_image, read_volumes, resample, spacing_of, split_patients, to_ras, write_image, z_of_slices
 from .layouts import Found, discover
 
@@ -287,7 +287,7 @@ def _tasks(found, settings):
     if len(tasks) < len(found.cases): raise ValueError(f'{found.folder}: two patients have one pseudonym')
     return dict(sorted(tasks.items()))
 
-# %% ../nbs/00_data.ipynb #9fffa460
+# %% ../nbs/00_data.ipynb #25e5da3c
 def _claim(out, source, settings):
     "Make the output folder and lay down the settings, or refuse one that was made with others."
     if out.resolve().is_relative_to(source.resolve()): raise ValueError(f'{out}: lies in the source folder, where the next run would find it')
@@ -309,9 +309,8 @@ def _read_json(path):
 def _sweep(out, seconds):
     "Remove what dead processes left behind: ours by their number, what tells no number or another machine by its age."
     for p in (p for d in (out, *out.iterdir()) if d.is_dir() and not d.is_symlink() for p in d.glob('.*.partial')):
-        ours = re.search(rf'\.{_MACHINE}-(\d{{1,9}})(-\w+)?\.partial$', p.name)
         with contextlib.suppress(FileNotFoundError):
-            if ours and not psutil.pid_exists(int(ours[1])) or time.time() - p.lstat().st_mtime > max(2*seconds, 3600): _remove(p)
+            if _left_behind(p) or time.time() - p.lstat().st_mtime > max(2*seconds, 3600): _remove(p)
 
 # %% ../nbs/00_data.ipynb #b8a6707d
 def _record(out, key, digest):

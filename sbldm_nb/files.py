@@ -13,16 +13,21 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-# %% ../nbs/000_files.ipynb #95ee1937
+# %% ../nbs/000_files.ipynb #d2e6db90
 _MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 def _aside(path): return path.parent/f'.{path.name}.{_MACHINE}-{os.getpid()}-{uuid.uuid4().hex[:6]}.partial'
+
+def _left_behind(path):
+    "Whether a process of this machine wrote it that is dead now; its name tells."
+    ours = re.search(rf'\.{_MACHINE}-(\d{{1,9}})(-\w+)?\.partial$', path.name)
+    return bool(ours) and not psutil.pid_exists(int(ours[1]))
 
 def clear_aside(
     path: Path,  # a file that `atomic_write` writes
 ):
     "Remove what processes of this machine that are dead now left beside a file."
-    for p in path.parent.glob(f'.{glob.escape(path.name)}.{_MACHINE}-*.partial'):
-        if not psutil.pid_exists(int(p.name.split('-')[-2])): p.unlink(missing_ok=True)
+    for p in path.parent.glob(f'.{glob.escape(path.name)}.*.partial'):
+        if _left_behind(p): p.unlink(missing_ok=True)
 
 def atomic_write(
     path: str | os.PathLike,  # the file to write; its folder is made if it is missing
