@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_label', 'foreground_box', 'prepare', 'shard_of', 'Report', 'preprocess', 'Cache']
 
-# %% ../nbs/00_data.ipynb #9fec181b
+# %% ../nbs/00_data.ipynb #3c00214e
 import contextlib, errno, functools, hashlib, itertools, json, math, multiprocessing.connection, os, re, shutil, signal, subprocess, sys, time, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,7 +13,6 @@ from numbers import Integral, Real
 from pathlib import Path
 import nibabel as nib
 import numpy as np
-import psutil
 import pydicom
 import scipy
 from numpy.lib import format as npy
